@@ -1,0 +1,3 @@
+"""Tests of a plugin run small pytest projects of their own."""
+
+pytest_plugins = ["pytester"]

@@ -1,0 +1,1 @@
+"""Activation statistics of linear layers, collected once and shared by all methods."""

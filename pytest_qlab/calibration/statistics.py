@@ -1,0 +1,114 @@
+"""What calibration knows about the inputs of one linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of a linear layer's inputs over all calibration tokens, n = in_features.
+
+    Attributes:
+        tokens: number of tokens seen; 0 for an expert that was never reached.
+        minimum, maximum: float32 [n], per input channel.
+        mean_abs: float32 [n], mean over tokens of |x|.
+        gram: float32 [n, n], sum over tokens of x x^T; None where only channels were asked for.
+    """
+
+    tokens: int
+    minimum: Tensor
+    maximum: Tensor
+    mean_abs: Tensor
+    gram: Tensor | None = None
+
+    def rescaled(self, scale: Tensor) -> LayerStatistics:
+        """Statistics of the inputs x / scale, for a positive scale of shape [n]."""
+        return LayerStatistics(
+            self.tokens,
+            self.minimum / scale,
+            self.maximum / scale,
+            self.mean_abs / scale,
+            None if self.gram is None else self.gram / scale / scale[:, None],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields as tensors, for a safetensors file."""
+        stored = {
+            "tokens": torch.tensor(self.tokens),
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "mean_abs": self.mean_abs,
+        }
+        return stored if self.gram is None else {**stored, "gram": self.gram}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> LayerStatistics:
+        """The inverse of `tensors`."""
+        return cls(
+            int(tensors["tokens"]),
+            tensors["minimum"],
+            tensors["maximum"],
+            tensors["mean_abs"],
+            tensors.get("gram"),
+        )
+
+
+class Accumulator:
+    """Adds up `LayerStatistics` over batches of inputs, one after the other, in float32."""
+
+    def __init__(self, features: int, *, gram: bool) -> None:
+        self._tokens = 0
+        self._minimum = torch.full((features,), torch.inf)
+        self._maximum = torch.full((features,), -torch.inf)
+        self._abs_sum = torch.zeros(features, dtype=torch.float64)
+        self._gram = torch.zeros(features, features) if gram else None
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs of shape [..., n]; a batch without tokens changes nothing."""
+        tokens = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(tokens):
+            return
+        self._to(tokens.device)
+        self._tokens += len(tokens)
+        self._minimum = torch.minimum(self._minimum, tokens.amin(0))
+        self._maximum = torch.maximum(self._maximum, tokens.amax(0))
+        self._abs_sum += tokens.abs().sum(0, dtype=torch.float64)
+        if self._gram is not None:
+            self._gram += tokens.T @ tokens
+
+    def merge(self, other: Accumulator) -> None:
+        """Add everything that `other` has seen."""
+        if not other._tokens:
+            return
+        self._to(other._minimum.device)
+        self._tokens += other._tokens
+        self._minimum = torch.minimum(self._minimum, other._minimum)
+        self._maximum = torch.maximum(self._maximum, other._maximum)
+        self._abs_sum += other._abs_sum
+        if self._gram is not None and other._gram is not None:
+            self._gram += other._gram
+
+    def _to(self, device: torch.device) -> None:
+        if self._minimum.device != device:
+            self._minimum = self._minimum.to(device)
+            self._maximum = self._maximum.to(device)
+            self._abs_sum = self._abs_sum.to(device)
+            self._gram = None if self._gram is None else self._gram.to(device)
+
+    def result(self) -> LayerStatistics:
+        """The statistics of everything added so far, on the CPU; zeros where nothing was."""
+        empty = torch.zeros_like(self._minimum)
+        return LayerStatistics(
+            self._tokens,
+            (self._minimum if self._tokens else empty).cpu(),
+            (self._maximum if self._tokens else empty).cpu(),
+            (self._abs_sum / max(self._tokens, 1)).float().cpu(),
+            None if self._gram is None else self._gram.cpu(),
+        )

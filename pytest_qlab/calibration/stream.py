@@ -1,0 +1,216 @@
+"""Calibration sequences as they travel through a model, one decoder block at a time.
+
+A block's inputs are its hidden state, which depends on the blocks before it, and everything else
+(masks, rotary embeddings), which does not. The latter is captured once; the former is kept for all
+sequences and moved on block by block, so that a block can see what quantized blocks before it make.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
+from pytest_qlab.errors import ModelError
+from pytest_qlab.models.structure import LinearSite
+from pytest_qlab.parallel import ordered_map
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the point of interest."""
+
+
+class BlockCall:
+    """How a model calls one of its blocks: everything but the hidden state."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            self.hidden: Tensor = args[0]
+            self._args, self._kwargs, self._keyword = args[1:], dict(kwargs), ""
+        elif "hidden_states" in kwargs:
+            rest = dict(kwargs)
+            self.hidden = rest.pop("hidden_states")
+            self._args, self._kwargs, self._keyword = (), rest, "hidden_states"
+        else:
+            raise ModelError(
+                "This model's decoder blocks do not take their hidden state as the first argument "
+                "or as 'hidden_states', so calibration cannot follow it. Use a method without "
+                "calibration, such as rtn."
+            )
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden state for an input of the captured shape."""
+        if self._keyword:
+            output = block(**{self._keyword: hidden}, **self._kwargs)
+        else:
+            output = block(hidden, *self._args, **self._kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+def capture_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], ids: Sequence[int]
+) -> list[BlockCall]:
+    """Run the model on one sequence and record how each block is called."""
+    calls: list[BlockCall] = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _module, args, kwargs: calls.append(BlockCall(args, kwargs)), with_kwargs=True
+        )
+        for block in blocks
+    ]
+    try:
+        with torch.inference_mode():
+            model(input_ids=_batch(model, ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(calls) != len(blocks):
+        raise ModelError(
+            f"The model has {len(blocks)} decoder blocks but ran {len(calls)} of them in one "
+            "forward pass, so calibration cannot follow its hidden state. Use a method without "
+            "calibration, such as rtn."
+        )
+    return calls
+
+
+def _batch(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=next(model.parameters()).device)
+
+
+def input_groups(block: nn.Module, call: BlockCall, sites: Sequence[LinearSite]) -> dict[str, int]:
+    """Number the linears of a block by the input they read, in the order in which they run.
+
+    Linears that read the same tensor get the same number; one that does not run, such as an expert
+    that no token is routed to, gets a number of its own.
+    """
+    seen: list[Tensor] = []
+    groups: dict[str, int] = {}
+
+    def record(name: str, tensor: Tensor) -> None:
+        for number, known in enumerate(seen):
+            if known is tensor:
+                groups[name] = number
+                return
+        groups[name] = len(seen)
+        seen.append(tensor)
+
+    handles = [
+        site.module.register_forward_pre_hook(
+            lambda _module, args, name=site.name: record(name, args[0])
+        )
+        for site in sites
+    ]
+    try:
+        with torch.inference_mode():
+            call(block, call.hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in sites:
+        groups.setdefault(site.name, max(groups.values(), default=-1) + 1)
+    return groups
+
+
+class BlockStream:
+    """The hidden states of all calibration sequences in front of one block.
+
+    Args:
+        model: whose embeddings make the first hidden states.
+        blocks: its decoder blocks in order.
+        sequences: token ids, all of one length.
+        threads: how many sequences run at the same time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        sequences: Sequence[Sequence[int]],
+        *,
+        threads: int = 1,
+    ) -> None:
+        self.forwards = len(sequences)
+        self._threads = threads
+        self._calls = capture_calls(model, blocks, sequences[0])
+        self._hidden = self._embed(model, blocks[0], sequences)
+
+    def _embed(
+        self, model: nn.Module, first: nn.Module, sequences: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        here = threading.local()
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            here.hidden = BlockCall(args, kwargs).hidden
+            raise _Stop
+
+        def run(ids: Sequence[int]) -> Tensor:
+            try:
+                model(input_ids=_batch(model, ids), use_cache=False)
+            except _Stop:
+                pass
+            hidden: Tensor = here.hidden
+            return hidden
+
+        handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            return list(ordered_map(run, sequences, self._threads))
+        finally:
+            handle.remove()
+
+    def call(self, index: int) -> BlockCall:
+        """How block `index` is called."""
+        return self._calls[index]
+
+    def collect(
+        self,
+        index: int,
+        block: nn.Module,
+        sites: Sequence[LinearSite],
+        groups: dict[str, int],
+        *,
+        gram: bool,
+    ) -> dict[str, LayerStatistics]:
+        """Statistics of the inputs of `sites` over all sequences; one object per shared input."""
+        first_of = {groups[site.name]: site for site in reversed(sites)}
+
+        def empty() -> dict[int, Accumulator]:
+            return {
+                number: Accumulator(site.in_features, gram=gram)
+                for number, site in first_of.items()
+            }
+
+        here = threading.local()
+
+        def run(hidden: Tensor) -> dict[int, Accumulator]:
+            here.parts = empty()
+            self._calls[index](block, hidden)
+            parts: dict[int, Accumulator] = here.parts
+            return parts
+
+        handles = [
+            site.module.register_forward_pre_hook(
+                lambda _module, args, number=number: here.parts[number].add(args[0])
+            )
+            for number, site in first_of.items()
+        ]
+        totals = empty()
+        try:
+            for parts in ordered_map(run, self._hidden, self._threads):
+                for number, part in parts.items():
+                    totals[number].merge(part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        results = {number: total.result() for number, total in totals.items()}
+        return {site.name: results[groups[site.name]] for site in sites}
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the hidden states by the outputs of block `index`."""
+        call = self._calls[index]
+        self._hidden = list(
+            ordered_map(lambda hidden: call(block, hidden), self._hidden, self._threads)
+        )

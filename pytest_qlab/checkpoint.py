@@ -1,0 +1,150 @@
+"""A quantized model on disk: everything that has to be shipped, packed, in one safetensors file.
+
+`model.safetensors` holds the packed tensors of every quantized layer under
+`layers.NAME.weight.*` (and `.activation.*`), and every other parameter under `model.NAME` in the
+dtype that the original checkpoint stores it in. Its size, less the header, is the size that the
+compression ratio is computed from. `qlab.json` says how to read it; `scales.safetensors` keeps what
+folds did to each layer, which only the per-layer error report needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
+from pytest_qlab.formats.base import PackedWeight, load_packed
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.methods.base import QuantizedLayer
+from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
+from pytest_qlab.models.structure import all_linears
+
+if TYPE_CHECKING:
+    from pytest_qlab.models.load import LoadedModel
+
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "qlab.json"
+SCALES_FILE = "scales.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized model as it lies on disk; tensors are memory-mapped."""
+
+    directory: Path
+    index: dict[str, Any]
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Dotted names of the quantized layers."""
+        return list(self.index["layers"])
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers, by name."""
+        grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for key, tensor in load_file(self.directory / MODEL_FILE).items():
+            if key.startswith("layers."):
+                name, part, field = key.removeprefix("layers.").rsplit(".", 2)
+                grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
+        return {
+            name: _read_layer(meta, grouped.get(name, {}))
+            for name, meta in self.index["layers"].items()
+        }
+
+    def others(self) -> dict[str, Tensor]:
+        """All parameters that are not quantized, by name, in the dtype they are stored in."""
+        tensors = load_file(self.directory / MODEL_FILE)
+        return {
+            key.removeprefix("model."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("model.")
+        }
+
+    def scales(self) -> dict[str, dict[str, Tensor]]:
+        """Per layer the `column` and `row` scale that folds applied, where there are any."""
+        file = self.directory / SCALES_FILE
+        scales: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in (load_file(file) if file.exists() else {}).items():
+            name, _, kind = key.rpartition(".")
+            scales.setdefault(name, {})[kind] = tensor
+        return scales
+
+
+def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedModel) -> None:
+    """Write `quantized`, made from `loaded`, into an empty directory."""
+    packed = {
+        f"layers.{name}.{part}.{field}": tensor.contiguous()
+        for name, layer in quantized.layers.items()
+        for part, holder in (("weight", layer.weight), ("activation", layer.activation))
+        if holder is not None
+        for field, tensor in holder.tensors().items()
+    }
+    weights = {f"{name}.weight" for name in quantized.layers}
+    others = {
+        f"model.{name}": quantized.changed[name]
+        if name in quantized.changed
+        else parameter.detach().to(loaded.storage_dtypes.get(name, parameter.dtype)).cpu()
+        for name, parameter in loaded.model.named_parameters()
+        if name not in weights
+    }
+    save_file({key: t.contiguous().cpu() for key, t in {**packed, **others}.items()},
+              directory / MODEL_FILE)
+    if quantized.scales:
+        save_file(
+            {
+                f"{name}.{kind}": scale.contiguous()
+                for name, scales in quantized.scales.items()
+                for kind, scale in scales.items()
+            },
+            directory / SCALES_FILE,
+        )
+    index = {
+        "layers": {name: describe_layer(layer) for name, layer in quantized.layers.items()},
+        "seconds": quantized.seconds,
+        "forwards": quantized.forwards,
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read a checkpoint's index."""
+    return Checkpoint(directory, json.loads((directory / INDEX_FILE).read_text("utf-8")))
+
+
+def _read_layer(meta: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> QuantizedLayer:
+    weight: PackedWeight = load_packed(meta["weight"], tensors.get("weight", {}))
+    activation: ActivationQuantizer | None = None
+    if meta["activation"] is not None:
+        activation = load_activation(meta["activation"], tensors.get("activation", {}))
+    return QuantizedLayer(weight, activation)
+
+
+def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
+    """A model with the checkpoint's packed layers; parameters it does not change are shared."""
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    model = copy.deepcopy(base, memo=dict(shared))
+    reference = next(base.parameters())
+    originals = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint.others().items():
+            value = tensor.to(dtype=originals[name].dtype, device=reference.device)
+            if not torch.equal(value, originals[name]):
+                _set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+        layers = checkpoint.layers()
+        for site in all_linears(model):
+            layer = layers[site.name]
+            module = PackedLinear(layer.weight, site.bias, layer.activation, reference.dtype)
+            site.replace(model, module.to(reference.device))
+    return model.eval()
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, parameter)

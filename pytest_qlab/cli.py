@@ -1,0 +1,156 @@
+"""The console script `qlab`: shows, merges and exports results documents, outside pytest."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pytest_qlab.errors import DataError, QlabError
+from pytest_qlab.report.benchmark import LEFT_OUT, render_benchmark
+from pytest_qlab.report.html import render_page
+from pytest_qlab.report.markdown import render_markdown
+from pytest_qlab.report.methods import describe_methods
+from pytest_qlab.report.table import run_failed
+from pytest_qlab.report.tables import render_csv
+from pytest_qlab.report.terminal import render_terminal
+from pytest_qlab.results import Results, merge_results
+
+OK, FAILED, USAGE = 0, 1, 2
+FORMATS: dict[str, Callable[[Results], str]] = {
+    "csv": render_csv,
+    "markdown": render_markdown,
+    "html": render_page,
+    "pytest-benchmark": render_benchmark,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 for a failing run when asked to, 2 for wrong input."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except QlabError as error:
+        print(f"qlab: error: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return OK
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlab",
+        description="Show, merge and export the results that pytest --qlab-json=FILE writes.",
+        epilog="Exit status: 0 done; 1 --fail-on-failure was given and something failed; 2 wrong "
+        "input.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    merge = commands.add_parser(
+        "merge",
+        help="join the results of several runs, such as the shards of a CI matrix",
+        description="Join results of runs over the same model and evaluation set, print the table "
+        "and write what is asked for. A later file wins where two measured the same.",
+    )
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    merge.add_argument("--json", type=Path, metavar="OUT", help="write the joined document")
+    merge.add_argument("--html", type=Path, metavar="OUT", help="write the stand-alone page")
+    merge.add_argument("--markdown", type=Path, metavar="OUT", help="write the Markdown table")
+    merge.add_argument("--csv", type=Path, metavar="OUT", help="write one row per candidate")
+    merge.add_argument(
+        "--fail-on-failure",
+        action="store_true",
+        help="exit with status 1 if a test failed, a budget was not kept or a candidate broke",
+    )
+    merge.set_defaults(run=_merge)
+
+    show = commands.add_parser("show", help="print the table of a results file")
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("--width", type=int, help="columns to use (default: the terminal's)")
+    show.set_defaults(run=_show)
+
+    methods = commands.add_parser("methods", help="list the methods, their options and defaults")
+    methods.set_defaults(run=_methods)
+
+    export = commands.add_parser(
+        "export",
+        help="write a results file in another format",
+        description=f"Write a results file in another format. pytest-benchmark: {LEFT_OUT}",
+    )
+    export.add_argument("--format", required=True, choices=list(FORMATS))
+    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: standard output")
+    export.add_argument("file", type=Path, metavar="FILE")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> int:
+    results = merge_results(Results.read(path) for path in options.files)
+    if options.json:
+        _guarded(options.json, lambda: results.write(options.json))
+    for path, render in (
+        (options.html, render_page),
+        (options.markdown, render_markdown),
+        (options.csv, render_csv),
+    ):
+        if path:
+            _write(path, render(results))
+    _print_table(results, None)
+    return FAILED if options.fail_on_failure and run_failed(results) else OK
+
+
+def _show(options: argparse.Namespace) -> int:
+    _print_table(Results.read(options.file), options.width)
+    return OK
+
+
+def _methods(options: argparse.Namespace) -> int:
+    _emit(describe_methods())
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    text = FORMATS[options.format](Results.read(options.file))
+    if options.output:
+        _write(options.output, text)
+    else:
+        _emit(text)
+    return OK
+
+
+def _print_table(results: Results, width: int | None) -> None:
+    columns = width or shutil.get_terminal_size((100, 24)).columns
+    _emit("\n".join(render_terminal(results, columns)) + "\n")
+
+
+def _emit(text: str) -> None:
+    """Print, whatever the encoding of standard output can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _write(path: Path, text: str) -> None:
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+
+    _guarded(path, write)
+
+
+def _guarded(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}. Give a path in a folder that "
+            "exists and can be written to."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

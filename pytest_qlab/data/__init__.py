@@ -1,0 +1,1 @@
+"""Evaluation and calibration text, and the token windows cut from it."""

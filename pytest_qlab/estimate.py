@@ -1,0 +1,163 @@
+"""A measured number that remembers what it is: interval, sample, unit, convention, provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from pytest_qlab.errors import MetricError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of an estimate with a budget, made by a test."""
+
+    candidate: str
+    metric: str
+    value: float
+    op: str
+    budget: float
+    ok: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+_observer: ContextVar[Callable[[Comparison], None] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observe_comparisons(callback: Callable[[Comparison], None]) -> Iterator[None]:
+    """Call `callback` with every comparison of an estimate made inside the block."""
+    token = _observer.set(callback)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+class Estimate(float):
+    """A float that also carries its interval, sample size, unit, convention and provenance.
+
+    It compares and computes like the float it is; arithmetic returns plain floats.
+
+    Attributes:
+        metric: dotted name, such as `kl.mean`.
+        candidate: id of the candidate that was measured.
+        lower, upper: two-sided interval at `confidence`, or None where none is defined.
+        n: number of scored units (tokens, samples); clusters: number of independent documents.
+        unit: `nats`, `dB`, `bytes`, `s`, or empty for a pure number.
+        convention: how it was measured, such as `spread512`.
+        simulated: True where no kernel runs the packed bits, so that speed is not the format's.
+        detail: one line for the failure message, such as `perplexity 12.31 -> 12.55`.
+    """
+
+    metric: str
+    candidate: str
+    lower: float | None
+    upper: float | None
+    confidence: float
+    n: int | None
+    clusters: int | None
+    unit: str
+    convention: str
+    simulated: bool
+    detail: str
+
+    def __new__(
+        cls,
+        value: float,
+        *,
+        metric: str,
+        candidate: str = "",
+        lower: float | None = None,
+        upper: float | None = None,
+        confidence: float = 0.95,
+        n: int | None = None,
+        clusters: int | None = None,
+        unit: str = "",
+        convention: str = "",
+        simulated: bool = False,
+        detail: str = "",
+    ) -> Self:
+        if math.isnan(value):
+            raise MetricError(
+                f"{metric} of {candidate or 'the model'} is not a number, so no budget can be held "
+                "against it. The model's weights or activations have become NaN or infinite: "
+                "evaluate in float32 (--qlab-dtype=float32) and check the checkpoint."
+            )
+        self = super().__new__(cls, value)
+        self.metric = metric
+        self.candidate = candidate
+        self.lower = None if lower is None else float(lower)
+        self.upper = None if upper is None else float(upper)
+        self.confidence = confidence
+        self.n = n
+        self.clusters = clusters
+        self.unit = unit
+        self.convention = convention
+        self.simulated = simulated
+        self.detail = detail
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without the name: the form in which results cross processes."""
+        fields = {key: value for key, value in vars(self).items() if key != "metric"}
+        return {"value": float(self), **fields}
+
+    @classmethod
+    def from_dict(cls, metric: str, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        rest = dict(fields)
+        return cls(rest.pop("value"), metric=metric, **rest)
+
+    def __repr__(self) -> str:
+        text = f"{float(self):.6g}"
+        if self.lower is not None and self.upper is not None:
+            text += f" [{self.lower:.4g}, {self.upper:.4g}]"
+        return f"{text} {self.unit}".rstrip()
+
+    def __str__(self) -> str:
+        return repr(float(self))
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.metric, self.to_dict())
+
+    __hash__ = float.__hash__
+
+    def _compared(self, op: str, other: object, outcome: Any) -> Any:
+        observer = _observer.get()
+        if observer is not None and outcome is not NotImplemented and isinstance(other, int | float):
+            observer(
+                Comparison(
+                    self.candidate, self.metric, float(self), op, float(other), bool(outcome)
+                )
+            )
+        return outcome
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compared("<", other, float.__lt__(self, other))
+
+    def __le__(self, other: Any) -> Any:
+        return self._compared("<=", other, float.__le__(self, other))
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compared(">", other, float.__gt__(self, other))
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compared(">=", other, float.__ge__(self, other))
+
+    def __eq__(self, other: object) -> Any:
+        return float.__eq__(self, other)
+
+
+def _restore(metric: str, fields: dict[str, Any]) -> Estimate:
+    return Estimate.from_dict(metric, fields)

@@ -1,0 +1,23 @@
+"""Packed weights and activation quantizers: the bits that are stored, and what they stand for."""
+
+from pytest_qlab.formats.activations import (
+    ActivationQuantizer,
+    PerTensorAffine,
+    PerTokenSymmetric,
+    load_activation,
+)
+from pytest_qlab.formats.affine import AffineGroups
+from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
+from pytest_qlab.formats.plain import PlainWeight
+
+__all__ = [
+    "ActivationQuantizer",
+    "AffineGroups",
+    "PackedWeight",
+    "PerTensorAffine",
+    "PerTokenSymmetric",
+    "PlainWeight",
+    "load_activation",
+    "load_packed",
+    "register_format",
+]

@@ -1,0 +1,310 @@
+"""The Lab: one model, one evaluation set, one calibration set, one store, one device.
+
+It works in a notebook or a script without pytest:
+
+    lab = Lab("path/to/model", evaluation="wikitext2")
+    lab.candidate("gptq:bits=3").perplexity_delta
+
+Everything is computed when it is first asked for, and kept in the store.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
+from pytest_qlab.candidate import Candidate
+from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from pytest_qlab.errors import SpecError
+from pytest_qlab.inputs import (
+    CalibrationInput,
+    CalibrationSet,
+    EvaluationInput,
+    InputOptions,
+    ModelInput,
+)
+from pytest_qlab.methods.base import Method
+from pytest_qlab.methods.pipeline import quantize_model
+from pytest_qlab.parallel import one_thread_per_operation
+from pytest_qlab.reference import Reference
+from pytest_qlab.specs import MethodSpec, parse_specs
+from pytest_qlab.store import Store, content_hash, default_store
+
+if TYPE_CHECKING:
+    from pytest_qlab.data.text import Document
+    from pytest_qlab.data.windows import WindowSet
+    from pytest_qlab.models.load import LoadedModel
+    from pytest_qlab.options import Settings
+
+QUANTIZED_VERSION = 1
+
+
+class Lab:
+    """Measures quantization methods on one model and one text.
+
+    Args:
+        model: `embedded`, a directory, a hub id, a causal language model in memory (then give its
+            `tokenizer`), or a `LoadedModel`.
+        tokenizer: overrides the model's own.
+        evaluation, calibration: names (`embedded`, `prose`, `wikitext2`, ...), paths, documents, or
+            finished windows and sequences.
+        dtype: in which everything is computed; quality is measured in float32 unless you say so.
+        store: directory of artefacts; by default the user's cache directory.
+        threads: windows and sequences that run at the same time; results do not depend on it.
+        configurations: named method configurations, as in `[tool.qlab.methods]`.
+        simulated_latency: `flag`, `skip` or `fail` where no kernel runs the packed bits.
+        progress: called with a line of text during long work.
+        run_dir: directory shared by the workers of one pytest run.
+        options: the rest of what is in `InputOptions`, by keyword.
+    """
+
+    def __init__(
+        self,
+        model: Any = "embedded",
+        *,
+        tokenizer: Any = None,
+        evaluation: str | Sequence[str] | Sequence[Document] | WindowSet = "embedded",
+        calibration: str | Sequence[str] | Sequence[Document] | CalibrationSet = "embedded",
+        dtype: str = "float32",
+        device: str = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        store: str | Path | None = None,
+        threads: int | None = None,
+        configurations: Mapping[str, Mapping[str, Any]] | None = None,
+        simulated_latency: str = "flag",
+        progress: Callable[[str], None] | None = None,
+        run_dir: Path | None = None,
+        **options: Any,
+    ) -> None:
+        one_thread_per_operation()
+        self.progress = progress or (lambda line: None)
+        self.threads = threads or max(1, os.cpu_count() or 1)
+        self.simulated_latency = simulated_latency
+        self.forwards = 0
+        self._forwards_lock = threading.Lock()
+        self._configurations = dict(configurations or {})
+        self._candidates: dict[MethodSpec, Candidate] = {}
+        self.model = ModelInput(
+            model,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        input_options = InputOptions(**options)
+        self.evaluation = EvaluationInput(evaluation, self.model, input_options)
+        self.calibration_input = CalibrationInput(calibration, self.model, input_options)
+        self.store = Store(
+            Path(store) if store is not None else default_store(),
+            run_dir=run_dir,
+            on_wait=self.progress,
+        )
+        self.reference = Reference(self)
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        *,
+        run_dir: Path | None = None,
+        progress: Callable[[str], None] | None = None,
+        **overrides: Any,
+    ) -> Lab:
+        """The lab that the command line and configuration files describe.
+
+        `overrides` replace `model`, `tokenizer`, `evaluation` or `calibration`.
+        """
+        described: dict[str, Any] = {
+            "model": settings.model,
+            "evaluation": settings.evaluation,
+            "calibration": settings.calibration,
+            **overrides,
+        }
+        return cls(
+            dtype=settings.dtype,
+            device=settings.device,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            store=settings.store,
+            threads=settings.threads,
+            configurations=settings.configurations,
+            simulated_latency=settings.simulated_latency,
+            progress=progress,
+            run_dir=run_dir,
+            text_key=settings.text_key,
+            convention=settings.convention,
+            window_length=settings.window_length,
+            max_windows=settings.max_windows,
+            calibration_length=settings.calibration_length,
+            calibration_sequences=settings.calibration_sequences,
+            seed=settings.seed,
+            **described,
+        )
+
+    @property
+    def base_model(self) -> Any:
+        """The model before quantization, in evaluation mode."""
+        return self.loaded.model
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its tokenizer and the dtypes of its checkpoint."""
+        return self.model.loaded
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def eval_data(self) -> WindowSet:
+        """The evaluation windows."""
+        return self.evaluation.windows
+
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The calibration sequences."""
+        return self.calibration_input.set
+
+    @property
+    def baseline(self) -> Candidate:
+        """The model itself, through the same path as every candidate."""
+        return self.candidate("none")
+
+    def candidate(self, spec: str | MethodSpec | Method) -> Candidate:
+        """The candidate that a method specification names, such as `gptq:bits=3`.
+
+        Raises:
+            SpecError: the specification is not understood, or names several methods.
+        """
+        if isinstance(spec, Method):
+            spec = MethodSpec(spec)
+        elif isinstance(spec, str):
+            found = parse_specs([spec], self._configurations)
+            if len(found) != 1:
+                raise SpecError(
+                    f"{spec!r} names {len(found)} methods; a candidate is one. Give one NAME with "
+                    "its options, for example gptq:bits=3."
+                )
+            spec = found[0]
+        if spec not in self._candidates:
+            self._candidates[spec] = Candidate(self, spec)
+        return self._candidates[spec]
+
+    def count_forwards(self, number: int = 1) -> None:
+        """Note that the model was run on that many windows or sequences."""
+        with self._forwards_lock:
+            self.forwards += number
+
+    def base_identity(self) -> dict[str, Any]:
+        """What determines the base model's numbers, as plain JSON types."""
+        return {
+            "model": self.model.digest,
+            "dtype": self.model.dtype,
+            "device": torch.device(self.model.device).type,
+            "torch": torch.__version__,
+        }
+
+    def statistics(self, *, gram: bool) -> StoredStatistics:
+        """Statistics of the base model's activations on the calibration text."""
+        parts = {
+            **self.base_identity(),
+            "calibration": self.calibration_input.identity,
+            "gram": gram,
+        }
+
+        def build(directory: Path) -> None:
+            forwards = write_statistics(
+                directory,
+                self.base_model,
+                self.calibration.sequences,
+                gram=gram,
+                threads=self.threads,
+                progress=self.progress,
+            )
+            self.count_forwards(forwards)
+
+        return self.store.get("statistics", parts, build, StoredStatistics)
+
+    def quantized_identity(self, method: Method) -> dict[str, Any]:
+        """What determines a quantized model's bits, as plain JSON types."""
+        parts = {**self.base_identity(), **method.identity(), "code": QUANTIZED_VERSION}
+        if method.stream != "none":
+            parts["calibration"] = self.calibration_input.identity
+        return parts
+
+    def checkpoint(self, method: Method) -> Checkpoint:
+        """The model quantized by `method`, built if no process has built it before."""
+
+        def build(directory: Path) -> None:
+            statistics = None
+            if method.stream == "original":
+                statistics = self.statistics(gram="gram" in method.needs)
+            quantized = quantize_model(
+                self.base_model,
+                method,
+                () if method.stream == "none" else self.calibration.sequences,
+                statistics,
+                threads=self.threads,
+                progress=self.progress,
+            )
+            self.count_forwards(quantized.forwards)
+            save_checkpoint(directory, quantized, self.loaded)
+
+        return self.store.get("quantized", self.quantized_identity(method), build, open_checkpoint)
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "device": self.model.device,
+            "dtype": self.model.dtype,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Model, evaluation set, calibration set and environment, for the results document."""
+        facts = self.reference.facts()
+        return {
+            "model": {"id": self.model.digest, "name": self.model.name, **facts.get("model", {})},
+            "evaluation": {
+                "id": content_hash(self.evaluation.identity),
+                "name": self.evaluation.name,
+                "convention": self.evaluation.convention,
+                **facts.get("evaluation", {}),
+            },
+            "calibration": {
+                "id": content_hash(self.calibration_input.identity),
+                "name": self.calibration_input.name,
+            },
+            "environment": self._environment,
+        }
+
+    def close(self) -> None:
+        """Let go of all models; what was measured stays in the store."""
+        for candidate in self._candidates.values():
+            candidate.release()
+
+
+def processor_name() -> str:
+    """The processor's name, as people know it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,219 @@
+"""Run one method over a model, block by block: transform, collect, quantize, move on."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qlab.calibration.stream import BlockCall, BlockStream, capture_calls, input_groups
+from pytest_qlab.errors import MethodError
+from pytest_qlab.kernels.linear import PackedLinear, set_materialized
+from pytest_qlab.methods.base import Method
+from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
+from pytest_qlab.models.folds import discover_folds
+from pytest_qlab.models.structure import (
+    LinearSite,
+    decoder_blocks,
+    quantizable_linears,
+    routers,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pytest_qlab.calibration.sources import StatisticsSource
+    from pytest_qlab.methods.base import QuantizedLayer
+
+TRACE_TOKENS = 64
+
+
+@dataclass
+class QuantizedModel:
+    """What a method made of a model.
+
+    Attributes:
+        layers: the quantized linears, by dotted name.
+        changed: other parameters that folds have changed, float32, by name.
+        scales: per layer, what folds multiplied its columns by and divided its rows by.
+        seconds: wall time of the whole pass.
+        forwards: calibration sequences that were run.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    seconds: float = 0.0
+    forwards: int = 0
+
+
+def quantize_model(
+    model: nn.Module,
+    method: Method,
+    sequences: Sequence[Sequence[int]],
+    statistics: StatisticsSource | None,
+    *,
+    threads: int = 1,
+    progress: Callable[[str], None] = lambda line: None,
+) -> QuantizedModel:
+    """Quantize every linear layer of the decoder blocks; the model itself is not changed.
+
+    Args:
+        sequences: calibration token ids, needed by methods with a stream.
+        statistics: the original model's, for methods whose stream is `original`.
+    """
+    started = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        work = copy.deepcopy(model)
+        result = _Pass(work, method, sequences, statistics, threads, progress).run()
+        originals = dict(model.named_parameters())
+        weights = {f"{name}.weight" for name in result.layers}
+        result.changed = {
+            name: parameter.detach().float()
+            for name, parameter in work.named_parameters()
+            if name in originals
+            and name not in weights
+            and not torch.equal(parameter, originals[name])
+        }
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+class _Pass:
+    """The working model and what is known while it is quantized."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        sequences: Sequence[Sequence[int]],
+        statistics: StatisticsSource | None,
+        threads: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.statistics = statistics
+        self.progress = progress
+        self.blocks = decoder_blocks(model)
+        self.result = QuantizedModel(layers={})
+        modules = [block for _, block in self.blocks]
+        self.stream: BlockStream | None = None
+        self.calls: list[BlockCall] | None = None
+        if method.stream != "none" and not sequences:
+            raise MethodError(f"{method.id} needs calibration text, and there is none.")
+        if method.stream == "quantized":
+            self.stream = BlockStream(model, modules, sequences, threads=threads)
+            self.calls = [self.stream.call(index) for index in range(len(modules))]
+            self.result.forwards = self.stream.forwards
+        elif self._transforms:
+            self.calls = capture_calls(model, modules, list(sequences[0][:TRACE_TOKENS]))
+
+    @property
+    def _transforms(self) -> bool:
+        return type(self.method).transform_block is not Method.transform_block
+
+    def run(self) -> QuantizedModel:
+        for index, (name, block) in enumerate(self.blocks):
+            self.progress(f"{self.method.id}: block {index + 1}/{len(self.blocks)}")
+            context = self._context(index, name, block)
+            if self._transforms:
+                self.method.transform_block(context)
+            by_name = {layer.name: layer for layer in context.layers}
+            for batch in self.method.groups_of(context):
+                layers = [by_name[layer] for layer in batch]
+                if self.stream is not None:
+                    self._collect(index, block, layers)
+                for layer in layers:
+                    self._quantize(layer)
+            if self.stream is not None:
+                self.stream.advance(index, block)
+            set_materialized(block, False)
+        return self.result
+
+    def _context(self, index: int, name: str, block: nn.Module) -> BlockContext:
+        sites = quantizable_linears(block, name)
+        gates = routers(block, name)
+        known = self.statistics(index) if self.statistics is not None else {}
+        groups: dict[str, int] = {}
+        if self.calls is not None:
+            groups = input_groups(block, self.calls[index], [*sites, *gates])
+
+        def layer(site: LinearSite, quantized: bool) -> LayerContext:
+            return LayerContext(
+                site.name, site, known.get(site.name), quantized, groups.get(site.name, 0)
+            )
+
+        layers = [layer(site, True) for site in sites]
+        folds: list[FoldContext] = []
+        if self._transforms and self.calls is not None:
+            everything = {each.name: each for each in layers}
+            everything.update({site.name: layer(site, False) for site in gates})
+            call = self.calls[index]
+            hidden = call.hidden[:, :TRACE_TOKENS]
+            found = discover_folds(block, lambda: call(block, hidden), [*sites, *gates], name)
+            folds = [
+                FoldContext(
+                    fold, [everything[each] for each in fold.layers], everything.get(fold.previous)
+                )
+                for fold in found
+            ]
+        return BlockContext(index, layers, folds)
+
+    def _collect(self, index: int, block: nn.Module, layers: list[LayerContext]) -> None:
+        assert self.stream is not None
+        groups = {layer.name: layer.input_group for layer in layers}
+        found = self.stream.collect(
+            index,
+            block,
+            [layer.site for layer in layers],
+            groups,
+            gram="gram" in self.method.needs,
+        )
+        for layer in layers:
+            layer.statistics = found[layer.name]
+
+    def _quantize(self, layer: LayerContext) -> None:
+        weight = layer.site.weight()
+        if not torch.isfinite(weight).all():
+            raise MethodError(
+                f"{self.method.id} cannot quantize {layer.name}: its weight holds NaN or infinite "
+                "values. Check the checkpoint."
+            )
+        quantized = self.method.quantize(weight, layer.statistics, name=layer.name)
+        self.result.layers[layer.name] = quantized
+        scales = {"column": layer.column_scale, "row": layer.row_scale}
+        kept = {key: scale for key, scale in scales.items() if scale is not None}
+        if kept:
+            self.result.scales[layer.name] = kept
+        if self.stream is not None:
+            self._install(layer.site, quantized)
+
+    def _install(self, site: LinearSite, quantized: QuantizedLayer) -> None:
+        """Let later layers see this one's errors."""
+        module = PackedLinear(
+            quantized.weight, site.bias, quantized.activation, next(self.model.parameters()).dtype
+        )
+        module.materialize()
+        site.replace(self.model, module)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Dotted names of every linear layer that methods quantize, in model order."""
+    return [
+        site.name
+        for name, block in decoder_blocks(model)
+        for site in quantizable_linears(block, name)
+    ]
+
+
+def describe_layer(layer: QuantizedLayer) -> dict[str, Any]:
+    """The JSON side of a quantized layer: how its tensors are to be read."""
+    return {
+        "weight": layer.weight.metadata(),
+        "activation": None if layer.activation is None else layer.activation.metadata(),
+    }

@@ -1,0 +1,1 @@
+"""What is measured about a candidate: fidelity, size, weights, memory, latency."""

@@ -1,0 +1,1 @@
+"""The base model: loading it, finding its linear layers, and its function-preserving folds."""

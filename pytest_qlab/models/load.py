@@ -1,0 +1,362 @@
+"""Loading the base model: any causal language model that transformers can load."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pytest_qlab.errors import ModelError, did_you_mean
+from pytest_qlab.models.experts import unfuse_experts
+from pytest_qlab.models.source import (
+    EMBEDDED,
+    checkpoint_dtypes,
+    digest_of_directory,
+    read_config,
+    resolve,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "LoadedModel",
+    "digest_of",
+    "from_memory",
+    "load_model",
+    "load_tokenizer",
+    "model_digest",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model ready to be measured and quantized, in eval mode and without gradients.
+
+    Attributes:
+        model: its mixtures of experts have one linear layer for each matrix.
+        tokenizer: the model's own.
+        name: what the user gave.
+        digest: hex SHA-256 of what was loaded (files, or tensors of a model in memory).
+        storage_dtypes: for every parameter the dtype it has in the checkpoint, which sizes are
+            counted in; the model itself computes in the dtype asked for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+    storage_dtypes: dict[str, torch.dtype]
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, and check that both can be used.
+
+    Args:
+        source: `embedded`, a directory, or a Hub id.
+        dtype: what to compute in: float32, bfloat16 or float16.
+        device: as torch names it.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run the modelling code that comes with the model.
+
+    Raises:
+        ModelError: whatever is wrong with the model, with the remedy.
+    """
+    compute = _dtype(dtype)
+    where = _device(device)
+    directory = resolve(source, revision)
+    config = read_config(directory, source)
+    _check_causal(config, source, trust_remote_code)
+    stored = checkpoint_dtypes(directory, source)
+    tokenizer = _load_tokenizer(directory, source, trust_remote_code)
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=compute,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever the modelling code makes of a wrong file
+            raise ModelError(
+                f"The model {source!r} cannot be loaded: {_first_line(error)} Check that its "
+                "config.json belongs to its weights, or download it again."
+            ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The weights of the model {source!r} lack {len(missing)} of the tensors that its "
+            f"config.json calls for, the first being {missing[0]}. Check that both belong "
+            "together, or download the model again."
+        )
+    _prepare(model, tokenizer, source)
+    model.to(where)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=source,
+        digest=digest_of_directory(directory, source),
+        storage_dtypes=_storage_dtypes(model, stored, compute),
+    )
+
+
+def from_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "in memory",
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> LoadedModel:
+    """Use a model that is in memory already; a copy is taken and the model itself left alone.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be used.
+    """
+    stored = {key: value.dtype for key, value in model.named_parameters(remove_duplicate=False)}
+    digest = digest_of(model, tokenizer)
+    used = copy.deepcopy(model).to(_dtype(dtype))
+    if device is not None:
+        used.to(_device(device))
+    _prepare(used, tokenizer, name)
+    return LoadedModel(used, tokenizer, name, digest, _storage_dtypes(used, stored, _dtype(dtype)))
+
+
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model.
+
+    Raises:
+        ModelError: there is no such model, or it has no usable tokenizer.
+    """
+    return _load_tokenizer(resolve(source, revision), source, trust_remote_code)
+
+
+def model_digest(source: str, revision: str | None = None) -> str:
+    """Hex SHA-256 of a model's configuration, tokenizer and weight files, without loading it.
+
+    Raises:
+        ModelError: there is no such model, or it has no configuration or weights.
+    """
+    return digest_of_directory(resolve(source, revision), source)
+
+
+def digest_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex SHA-256 of a model in memory: configuration, every tensor, and the tokenizer."""
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype"):
+        config.pop(key, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        digest.update(str(backend.to_str()).encode())
+    else:
+        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    digest.update(json.dumps(special, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(f"Unknown dtype {name!r}.{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"The device {name!r} cannot be used: {_first_line(error)} Give cpu, or a device that "
+            "this machine and this build of torch have."
+        ) from error
+    return device
+
+
+def _check_causal(config: Mapping[str, Any], source: str, trust_remote_code: bool) -> None:
+    model_type = config.get("model_type")
+    custom = "AutoModelForCausalLM" in config.get("auto_map", {})
+    if custom and trust_remote_code:
+        return
+    if not isinstance(model_type, str):
+        raise ModelError(
+            f"The config.json of the model {source!r} names no model_type, so it is not known "
+            "which architecture it is. Give a model saved by transformers."
+        )
+    if model_type not in CONFIG_MAPPING:
+        remedy = (
+            "it comes with its own modelling code, which --qlab-trust-remote-code would run"
+            if custom
+            else "upgrade transformers if the model is newer than it, or give another model"
+        )
+        raise ModelError(
+            f"The model {source!r} is of type {model_type!r}, which the installed transformers "
+            f"does not know: {remedy}."
+        )
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"The model {source!r} is of type {model_type!r}, which is not a causal language "
+            "model: it cannot predict each token of a text from those before it. Give a model "
+            "that AutoModelForCausalLM can load."
+        )
+
+
+def _load_tokenizer(
+    directory: Path, source: str, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    present = any((directory / name).is_file() for name in known)
+    if not present and not any(directory.glob("*.tiktoken")) and not trust_remote_code:
+        raise ModelError(
+            f"The model {source!r} has no tokenizer: none of {', '.join(known)} is in its "
+            "directory. Save the tokenizer there with tokenizer.save_pretrained."
+        )
+    with _quiet():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # whatever the tokenizers make of a wrong file
+            raise ModelError(
+                f"The tokenizer of the model {source!r} cannot be loaded: {_first_line(error)} "
+                "Save it again with tokenizer.save_pretrained."
+            ) from error
+    return tokenizer
+
+
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Put a model in the state that LoadedModel promises, and check it."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ModelError(
+                f"The weights of the model {source!r} are not all finite: {name} holds {bad} "
+                f"values that are NaN or infinite, of {value.numel()}. If it was saved in float16 "
+                "it may have overflowed: save it in bfloat16 or float32, or download it again."
+            )
+    _check_vocabulary(model, tokenizer, source)
+    unfuse_experts(model)
+    _check_no_look_ahead(model, source)
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    """No ordinary token may lie outside the embedding; added special tokens are never produced."""
+    embedding = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    added = {
+        index
+        for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special
+    }
+    highest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"The tokenizer of the model {source!r} has token ids up to {highest}, but the model's "
+            f"embedding has only {rows} rows. The tokenizer belongs to another model: save the "
+            "right one beside the weights, or resize the model's embeddings."
+        )
+
+
+def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
+    """Earlier logits must not depend on later tokens (an encoder loads as a causal model too)."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(8, device=model.device).remainder(rows)[None]
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % rows
+    with torch.no_grad():
+        first, second = (model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
+    if not bool(torch.isfinite(first).all()):
+        raise ModelError(
+            f"The model {source!r} computes logits that are not finite although its weights are. "
+            "A wider dtype may help: --qlab-dtype=float32."
+        )
+    change, size = _norm(first - second), _norm(first)
+    if change > 1e-2 * size:
+        raise ModelError(
+            f"The model {source!r} ({type(model).__name__}) is not a causal language model: its "
+            "prediction for a token depends on the tokens after it. Give a decoder model, not an "
+            "encoder such as BERT."
+        )
+
+
+def _norm(value: Tensor) -> float:
+    return float(value.float().norm())
+
+
+def _storage_dtypes(
+    model: PreTrainedModel, stored: Mapping[str, torch.dtype], default: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The checkpoint's dtype of every parameter of the model.
+
+    A parameter whose name is another in the checkpoint (a prefix, experts that were fused) has
+    the dtype that most of the checkpoint's tensors have.
+    """
+    floating = Counter(dtype for dtype in stored.values() if dtype.is_floating_point)
+    common = floating.most_common(1)[0][0] if floating else default
+    prefix = f"{model.base_model_prefix}."
+    dtypes = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        names = (name, name.removeprefix(prefix), prefix + name)
+        dtypes[name] = next((stored[n] for n in names if n in stored), common)
+    return dtypes
+
+
+def _first_line(error: BaseException) -> str:
+    """The error's first line, as a sentence."""
+    text = str(error).strip()
+    line = text.splitlines()[0].strip() if text else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers without progress bars and notes: errors are all that matters here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,94 @@
+"""The base model's side of every comparison: its predictions on the evaluation windows, stored."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pytest_qlab.forward import predictions
+from pytest_qlab.models.head import Head, head_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.lab import Lab
+
+FACTS = "facts.json"
+PREDICTIONS = "predictions.safetensors"
+CODE_VERSION = 1
+
+
+class Reference:
+    """What the base model predicts; computed once for all candidates, workers and runs."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the base model's predictions, as plain JSON types."""
+        return {
+            **self._lab.base_identity(),
+            "evaluation": self._lab.evaluation.identity,
+            "code": CODE_VERSION,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Sizes of the model and the evaluation set, if the base model has been run already."""
+        parts = self.identity()
+        if not self._lab.store.has("reference", parts):
+            return {}
+        facts: dict[str, Any] = json.loads(
+            (self._lab.store.path("reference", parts) / FACTS).read_text(encoding="utf-8")
+        )
+        return facts
+
+    @cached_property
+    def head(self) -> Head:
+        """The base model's head."""
+        return head_of(self._lab.base_model)
+
+    def predictions(self) -> list[Tensor]:
+        """For each window, the final hidden states or logits that predict its scored tokens."""
+        directory = self._lab.store.get("reference", self.identity(), self._build, Path)
+        joined = load_file(directory / PREDICTIONS)["predictions"]
+        lengths = [len(window.ids) - window.first_scored for window in self._lab.eval_data.windows]
+        return list(joined.split(lengths))
+
+    def _build(self, directory: Path) -> None:
+        lab = self._lab
+        windows = lab.eval_data.windows
+        found = []
+        for number, each in enumerate(predictions(self.head, windows, threads=lab.threads), 1):
+            found.append(each.cpu())
+            if number % 16 == 0:
+                lab.progress(f"base model: window {number}/{len(windows)}")
+        lab.count_forwards(len(windows))
+        save_file({"predictions": torch.cat(found)}, directory / PREDICTIONS)
+        loaded = lab.loaded
+        parameters = dict(loaded.model.named_parameters())
+        facts = {
+            "model": {
+                "architecture": type(loaded.model).__name__,
+                "parameters": sum(each.numel() for each in parameters.values()),
+                "bytes": self.nbytes(),
+            },
+            "evaluation": {
+                "windows": len(windows),
+                "documents": len({window.document for window in windows}),
+                "tokens": sum(len(window.ids) - window.first_scored for window in windows),
+            },
+        }
+        (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+    def nbytes(self) -> int:
+        """Bytes of the base model's parameters in the dtypes that its checkpoint stores."""
+        loaded = self._lab.loaded
+        return sum(
+            parameter.numel() * loaded.storage_dtypes.get(name, parameter.dtype).itemsize
+            for name, parameter in loaded.model.named_parameters()
+        )

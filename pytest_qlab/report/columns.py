@@ -1,0 +1,367 @@
+"""Which measures are columns: their headings, units, formats, and which direction is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pytest_qlab.results import CandidateResult, Measure, Results
+
+Better = Literal["lower", "higher", ""]
+Kind = Literal["number", "signed", "percent", "bytes", "seconds", "times"]
+Group = Literal["Quality", "Size", "Memory and speed", "Other"]
+
+BINARY_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
+TIME_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one measure is shown.
+
+    Attributes:
+        name: the measure's name in the document.
+        heading, short: long and terminal heading. `unit`: shown beside the heading.
+        better: which direction is better, or empty where neither is.
+        digits: significant digits of the smallest shown value; `most`: the most decimals.
+        primary: in the main table of the page; the others follow in a second one.
+        rank: importance; the terminal drops the highest ranks first.
+        factor: a shown number is the value divided by it; set by `fitted`.
+        decimals: of every shown number; set by `fitted`.
+    """
+
+    name: str
+    heading: str
+    short: str
+    meaning: str = ""
+    unit: str = ""
+    better: Better = ""
+    kind: Kind = "number"
+    group: Group = "Other"
+    digits: int = 3
+    most: int = 4
+    primary: bool = True
+    rank: int = 50
+    factor: float = 1.0
+    decimals: int = 3
+
+    def fitted(self, values: Iterable[float]) -> Column:
+        """Choose the unit and the decimals that suit all values of the column."""
+        sizes = [abs(value) for value in values if math.isfinite(value) and value != 0]
+        largest, smallest = max(sizes, default=1.0), min(sizes, default=1.0)
+        unit, factor = self.unit, self.factor
+        if self.kind == "percent":
+            return replace(self, unit="%", factor=0.01, decimals=2)
+        if self.kind == "bytes":
+            unit, factor = next((pair for pair in BINARY_UNITS if largest >= pair[1]), ("B", 1.0))
+        elif self.kind == "seconds":
+            unit, factor = next((pair for pair in TIME_UNITS if largest >= pair[1]), TIME_UNITS[-1])
+        decimals = self.digits - 1 - math.floor(math.log10(smallest / factor))
+        if unit == "B":
+            decimals = 0
+        return replace(self, unit=unit, factor=factor, decimals=min(max(decimals, 0), self.most))
+
+    def number(self, value: float) -> str:
+        """The value as shown in the column, without its unit."""
+        shown = value / self.factor
+        sign = "+" if self.kind == "signed" else ""
+        if math.isinf(shown):
+            return ("+" if sign and shown > 0 else "-" if shown < 0 else "") + "∞"
+        if shown == 0 or math.isnan(shown):
+            return "0" if shown == 0 else "nan"
+        if abs(shown) >= 1e6 or abs(shown) < 0.5 * 10**-self.decimals:
+            return f"{shown:{sign}.1e}"
+        return f"{shown:{sign}.{self.decimals}f}"
+
+    def plain(self, value: float) -> str:
+        """A budget or a margin in the column's unit: up to four digits, no padding."""
+        shown = value / self.factor
+        return "∞" if math.isinf(shown) else f"{shown:.4g}"
+
+    @property
+    def suffix(self) -> str:
+        """The unit as it follows a number in running text."""
+        return "%" if self.unit == "%" else f" {self.unit}" if self.unit else ""
+
+    @property
+    def title(self) -> str:
+        """The heading's tooltip: the measure's name, what it means, and what is better."""
+        better = f"{self.better} is better" if self.better else ""
+        return "; ".join(part for part in (self.name, self.meaning, better) if part)
+
+
+def _quality(name: str, heading: str, short: str, rank: int, **more: object) -> Column:
+    column = Column(name, heading, short, rank=rank, better="lower", group="Quality")
+    return replace(column, **more)  # type: ignore[arg-type]
+
+
+KNOWN: tuple[Column, ...] = (
+    _quality(
+        "perplexity", "Perplexity", "ppl", 3, digits=4, most=2, meaning="exp of the mean loss"
+    ),
+    _quality(
+        "perplexity_delta",
+        "Δ perplexity",
+        "dppl",
+        1,
+        kind="signed",
+        meaning="perplexity minus the baseline's on the same tokens",
+    ),
+    _quality(
+        "perplexity_ratio",
+        "Perplexity ratio",
+        "ppl ratio",
+        24,
+        digits=5,
+        primary=False,
+        meaning="perplexity over the baseline's",
+    ),
+    _quality(
+        "log_perplexity_delta",
+        "Δ log perplexity",
+        "dlogppl",
+        25,
+        kind="signed",
+        unit="nats",
+        primary=False,
+        meaning="mean loss minus the baseline's",
+    ),
+    _quality(
+        "kl.mean",
+        "KL mean",
+        "KL",
+        2,
+        unit="nats",
+        meaning="divergence of the next-token distribution from the baseline's, mean over tokens",
+    ),
+    _quality("kl.median", "KL median", "KL med", 26, unit="nats", primary=False),
+    _quality("kl.p99", "KL p99", "KL p99", 8, unit="nats", meaning="99th percentile over tokens"),
+    _quality("kl.max", "KL max", "KL max", 27, unit="nats", primary=False),
+    _quality(
+        "top1_agreement",
+        "Top-1 agreement",
+        "top-1",
+        5,
+        kind="percent",
+        better="higher",
+        meaning="tokens for which the most likely next token is the baseline's",
+    ),
+    _quality(
+        "snr_db",
+        "Hidden SNR",
+        "SNR",
+        9,
+        unit="dB",
+        better="higher",
+        most=1,
+        meaning="signal-to-noise ratio of the final hidden states",
+    ),
+    _quality(
+        "cosine",
+        "Hidden cosine",
+        "cosine",
+        28,
+        better="higher",
+        digits=6,
+        most=5,
+        primary=False,
+        meaning="cosine similarity of the final hidden states, mean over tokens",
+    ),
+    _quality(
+        "weights.snr_db",
+        "Weight SNR",
+        "w SNR",
+        20,
+        unit="dB",
+        better="higher",
+        most=1,
+        primary=False,
+        meaning="signal-to-noise ratio of the quantized weights",
+    ),
+    _quality(
+        "weights.cosine",
+        "Weight cosine",
+        "w cos",
+        29,
+        better="higher",
+        digits=6,
+        most=5,
+        primary=False,
+        meaning="cosine similarity of the quantized weights",
+    ),
+    _quality(
+        "layer_error",
+        "Layer error",
+        "layer err",
+        12,
+        meaning="sum over layers of the relative output error on calibration inputs",
+    ),
+    Column(
+        "bits_per_weight",
+        "Bits per weight",
+        "bits",
+        "stored bits per weight of the quantized linear layers, scales and zeros included",
+        better="lower",
+        group="Size",
+        digits=4,
+        most=2,
+        rank=4,
+    ),
+    Column(
+        "bits_per_weight.model",
+        "Bits per weight, model",
+        "bits all",
+        "stored bits per weight of the whole model, embeddings and head included",
+        better="lower",
+        group="Size",
+        digits=4,
+        most=2,
+        primary=False,
+        rank=21,
+    ),
+    Column(
+        "compression_ratio",
+        "Compression",
+        "ratio",
+        "bytes of the base model over bytes of the candidate",
+        unit="×",
+        kind="times",
+        better="higher",
+        group="Size",
+        most=2,
+        rank=6,
+    ),
+    Column(
+        "size.bytes",
+        "Size",
+        "size",
+        "stored bytes of the whole model",
+        kind="bytes",
+        better="lower",
+        group="Size",
+        most=1,
+        rank=10,
+    ),
+    Column(
+        "memory.resident",
+        "Resident",
+        "resident",
+        "bytes of parameters and buffers in memory",
+        kind="bytes",
+        better="lower",
+        group="Memory and speed",
+        most=1,
+        primary=False,
+        rank=22,
+    ),
+    Column(
+        "memory.peak",
+        "Peak memory",
+        "peak",
+        "highest live bytes during a forward pass",
+        kind="bytes",
+        better="lower",
+        group="Memory and speed",
+        most=1,
+        rank=13,
+    ),
+    Column(
+        "latency.p50",
+        "Latency p50",
+        "p50",
+        "median time of a forward pass",
+        kind="seconds",
+        better="lower",
+        group="Memory and speed",
+        most=2,
+        rank=7,
+    ),
+    Column(
+        "latency.p99",
+        "Latency p99",
+        "p99",
+        "99th percentile of the time of a forward pass",
+        kind="seconds",
+        better="lower",
+        group="Memory and speed",
+        most=2,
+        primary=False,
+        rank=23,
+    ),
+    Column(
+        "latency.ratio",
+        "Latency ratio",
+        "x time",
+        "time over the baseline's, measured interleaved in one process",
+        unit="×",
+        kind="times",
+        better="lower",
+        group="Memory and speed",
+        most=2,
+        rank=11,
+    ),
+)
+_BY_NAME = {column.name: column for column in KNOWN}
+
+
+def is_baseline(candidate: CandidateResult) -> bool:
+    """Whether the row is the unquantized model, which takes part in no ranking."""
+    return candidate.method == "none" or candidate.id == "none"
+
+
+def measure_of(candidate: CandidateResult, name: str) -> Measure | None:
+    """The measure, or what a budget says of it where only a budget does."""
+    measure = candidate.measures.get(name)
+    if measure is None:
+        values = [budget.value for budget in candidate.budgets if budget.metric == name]
+        measure = Measure(value=values[-1]) if values else None
+    return measure
+
+
+def column_named(name: str, unit: str = "") -> Column:
+    """The column of a measure; those of a domain, such as `kl.mean[code]`, follow the whole's.
+
+    A measure that is not known, from somebody's own metric, gets a column made from its name.
+    """
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    base, bracket, domain = name.partition("[")
+    if bracket and domain.endswith("]") and base in _BY_NAME:
+        known, domain = _BY_NAME[base], domain[:-1]
+        return replace(
+            known,
+            name=name,
+            heading=f"{known.heading}, {domain}",
+            short=f"{known.short} {domain}",
+            primary=False,
+            rank=known.rank + 100,
+        )
+    kinds: dict[str, Kind] = {"bytes": "bytes", "s": "seconds"}
+    return Column(
+        name, name, name, unit="" if unit in kinds else unit, kind=kinds.get(unit, "number")
+    )
+
+
+def columns_of(results: Results) -> list[Column]:
+    """Columns for everything that some candidate measured, known ones first, fitted to values."""
+    values: dict[str, list[float]] = {}
+    units: dict[str, str] = {}
+    budgeted: set[str] = set()
+    for row in results.candidates:
+        budgeted.update(budget.metric for budget in row.budgets)
+        for name in [*row.measures, *(budget.metric for budget in row.budgets)]:
+            measure = measure_of(row, name)
+            if measure is not None:
+                units[name] = units.get(name) or measure.unit
+                # The baseline's numerical noise must not set the decimals of all others.
+                kept = [] if is_baseline(row) and len(results.candidates) > 1 else [measure.value]
+                values.setdefault(name, []).extend(kept)
+    order = {column.name: place for place, column in enumerate(KNOWN)}
+    columns = [column_named(name, units[name]).fitted(values[name]) for name in values]
+    # A measure that a test judged is always in the main table.
+    columns = [replace(c, primary=c.primary or c.name in budgeted) for c in columns]
+    columns.sort(key=lambda column: order.get(column.name.partition("[")[0], len(order)))
+    groups = {group: place for place, group in enumerate(Group.__args__)}  # type: ignore[attr-defined]
+    return sorted(columns, key=lambda column: groups[column.group])

@@ -1,0 +1,407 @@
+"""The benchmark table as HTML: a section for pytest-html, and a page that stands alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+
+from pytest_qlab.report.columns import Column, column_named, is_baseline
+from pytest_qlab.report.describe import flat, outcome, subject, work
+from pytest_qlab.report.plots import is_aggregated, layer_strip, scatter, worst_layers
+from pytest_qlab.report.style import SCRIPT, STYLE
+from pytest_qlab.report.table import (
+    ABSENT,
+    Cell,
+    Row,
+    Table,
+    budget_text,
+    build_table,
+    failed_budgets,
+    margin,
+    margin_text,
+    relative_margin,
+    run_failed,
+)
+from pytest_qlab.results import CandidateResult, Results
+
+SIGNS = {True: "✓", False: "✗"}
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def render_section(results: Results) -> str:
+    """The report as a fragment with its own style sheet, for pytest-html's summary."""
+    return f"<style>{STYLE}</style>{_body(results)}<script>{SCRIPT}</script>"
+
+
+def render_page(results: Results) -> str:
+    """The report as a page that needs no other file and no network."""
+    name = str(results.model.get("name") or results.model.get("id") or "")
+    title = escape(f"Quantization benchmark{': ' + name if name else ''}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="generator" content="{escape(_generator(results))}">'
+        f"<title>{title}</title><style>{STYLE}</style></head>"
+        f'<body class="qlab-page"><main>{_body(results)}</main><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def _body(results: Results) -> str:
+    table = build_table(results)
+    parts = [_head(results)]
+    if table.rows:
+        count = len(table.rows)
+        caption = (
+            f"{count} candidate{'' if count == 1 else 's'}. The best value of each column is "
+            "underlined; the baseline takes no part in that."
+        )
+        parts += [_table(table.only(primary=True), "main", caption), _notes(table, results)]
+    else:
+        parts.append("<p>No candidate was measured.</p>")
+    parts += [_budgets(table, results), _errors(results), _scatter(results), _layers(results)]
+    parts += [_rest(table), _provenance(results)]
+    return f'<section class="qlab" aria-label="Quantization benchmark">{"".join(parts)}</section>'
+
+
+def _generator(results: Results) -> str:
+    return f"{results.generator} {results.version}".strip()
+
+
+def _head(results: Results) -> str:
+    facts = "".join(
+        f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in subject(results)
+    )
+    failed = run_failed(results)
+    broken = len(failed_budgets(results))
+    errors = sum(bool(row.error) for row in results.candidates)
+    texts = []
+    if broken:
+        texts.append(f"{broken} budget{'' if broken == 1 else 's'} not kept")
+    if errors:
+        texts.append(f"{errors} candidate{'' if errors == 1 else 's'} could not be measured")
+    told = outcome(results)
+    if told:
+        texts.append(f"tests: {told}")
+    if failed and not texts:
+        texts.append(f"the run ended with exit status {results.exit_status}")
+    verdict = "; ".join(texts) or ("not in order" if failed else "all in order")
+    return (
+        f"<h2>Quantization benchmark</h2>{f'<dl class=facts>{facts}</dl>' if facts else ''}"
+        f'<p class="verdict {"bad" if failed else "ok"}">{SIGNS[not failed]} {escape(verdict)}</p>'
+    )
+
+
+def _table(table: Table, kind: str, caption: str) -> str:
+    spans: list[tuple[str, int]] = []
+    for column in table.columns:
+        if spans and spans[-1][0] == column.group:
+            spans[-1] = (column.group, spans[-1][1] + 1)
+        else:
+            spans.append((column.group, 1))
+    groups = "".join(
+        f'<th scope="colgroup" colspan="{count}" class="group">{name}</th>' for name, count in spans
+    )
+    first = [
+        place == 0 or table.columns[place - 1].group != column.group
+        for place, column in enumerate(table.columns)
+    ]
+    heads = "".join(_heading(c, lead) for c, lead in zip(table.columns, first, strict=True))
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{kind} table">'
+        f'<table class="sortable {kind}"><caption>{escape(caption)}</caption><thead>'
+        f'<tr class="groups"><td class="name"></td>{groups}</tr><tr>'
+        '<th scope="col" class="name" data-c="id" data-kind="text">Candidate</th>'
+        f"{heads}</tr></thead><tbody>"
+        f"{''.join(_row(row, table, first) for row in table.rows)}</tbody></table></div>"
+    )
+
+
+def _heading(column: Column, lead: bool) -> str:
+    unit = f'<span class="unit">{escape(column.unit)}</span>' if column.unit else ""
+    first = "descending" if column.better == "higher" else "ascending"
+    kind = ' class="group"' if lead else ""
+    return (
+        f'<th scope="col"{kind} data-c="{escape(column.name)}" data-first="{first}" '
+        f'title="{escape(column.title)}">{escape(column.heading)}{unit}</th>'
+    )
+
+
+def _row(row: Row, table: Table, first: list[bool]) -> str:
+    candidate = row.candidate
+    options = ", ".join(f"{key}={value}" for key, value in candidate.options.items())
+    name = (
+        f'<th scope="row" class="name" data-c="id" data-v="{escape(candidate.id)}" '
+        f'title="{escape(f"{candidate.method}: {options}".rstrip(": "))}">'
+        f"{escape(candidate.id)}{_tests(candidate, row.baseline)}</th>"
+    )
+    measured = any(cell.value is not None for cell in row.cells)
+    if row.status and not measured:
+        text = _first_line(candidate.error) or "not measured"
+        style = "error" if candidate.error else "text soft"
+        sign = "✗ " if candidate.error else ""
+        cells = f'<td class="group {style}" colspan="{len(row.cells)}">{sign}{escape(text)}</td>'
+    else:
+        cells = "".join(
+            _cell(cell, column, lead)
+            for cell, column, lead in zip(row.cells, table.columns, first, strict=True)
+        )
+    return f"<tr{' class=baseline' if row.baseline else ''}>{name}{cells}</tr>"
+
+
+def _tests(candidate: CandidateResult, baseline: bool) -> str:
+    """Small text below the name: what the row is, and how its tests ended."""
+    texts = ["baseline"] if baseline else []
+    outcomes = list(candidate.tests.values())
+    for kind in ("failed", "error", "passed", "skipped"):
+        count = outcomes.count(kind)  # type: ignore[arg-type]
+        if count:
+            style = "bad" if kind in ("failed", "error") else "ok" if kind == "passed" else "soft"
+            sign = {"bad": "✗ ", "ok": "✓ "}.get(style, "")
+            texts.append(f'<span class="{style}">{sign}{count} {kind}</span>')
+    if candidate.error and candidate.measures:
+        texts.append('<span class="bad">✗ stopped by an error</span>')
+    return f'<span class="sub">{", ".join(texts)}</span>' if texts else ""
+
+
+def _cell(cell: Cell, column: Column, lead: bool) -> str:
+    styles = ["group"] if lead else []
+    place = f'data-c="{escape(column.name)}"'
+    title = f'title="{escape(cell.title)}"'
+    if cell.value is None:
+        styles.append("absent")
+        return f'<td class="{" ".join(styles)}" {place} {title}>{ABSENT}</td>'
+    if cell.best:
+        styles.append("best")
+    if cell.ok is not None:
+        styles.append("kept" if cell.ok else "broken")
+    dagger = "<sup>†</sup>" if cell.simulated else ""
+    hidden = '<span class="hidden"> (best)</span>' if cell.best else ""
+    small = f'<span class="sub">{escape(cell.spread)}</span>' if cell.spread else ""
+    for budget in cell.budgets:
+        told = f"{SIGNS[budget.ok]} {budget_text(column, budget)}, {margin_text(column, budget)}"
+        small += f'<span class="sub judged">{escape(told)}</span>'
+    kind = f'class="{" ".join(styles)}" ' if styles else ""
+    value = "" if math.isnan(cell.value) else sort_key(cell.value)
+    return (
+        f'<td {kind}{place} data-v="{value}" {title}>'
+        f'<span class="v">{escape(cell.text)}</span>{dagger}{hidden}{small}</td>'
+    )
+
+
+def sort_key(value: float) -> str:
+    """A number as JavaScript reads it."""
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return repr(float(value))
+
+
+def _first_line(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) <= 300 else line[:299] + "…"
+
+
+def _notes(table: Table, results: Results) -> str:
+    notes = []
+    flagged = [row for row in table.rows if any(cell.simulated for cell in row.cells)]
+    if flagged:
+        kernels = sorted({row.candidate.kernel for row in flagged if row.candidate.kernel})
+        through = f" ({', '.join(kernels)})" if kernels else ""
+        notes.append(
+            f"<sup>†</sup> simulated: no kernel runs this candidate's packed bits here, so its "
+            f"layers are unpacked and multiplied as floats{escape(through)}. The time says nothing "
+            "about the format's speed."
+        )
+    confidences = {
+        m.confidence
+        for row in results.candidates
+        for m in row.measures.values()
+        if m.lower is not None
+    }
+    if confidences:
+        levels = " or ".join(f"{100 * level:g}%" for level in sorted(confidences))
+        notes.append(f"Small ± numbers: {levels} confidence intervals, clustered by document.")
+    if any(cell.value is None for row in table.rows for cell in row.cells):
+        notes.append(f"{ABSENT} not measured.")
+    return (
+        f'<ul class="notes">{"".join(f"<li>{note}</li>" for note in notes)}</ul>' if notes else ""
+    )
+
+
+def _budgets(table: Table, results: Results) -> str:
+    columns = {column.name: column for column in table.columns}
+    judged = [(row, b) for row in results.candidates for b in row.budgets]
+    if not judged:
+        return ""
+    judged.sort(key=lambda pair: pair[1].ok)
+    lines = []
+    for row, budget in judged:
+        column = columns.get(budget.metric) or column_named(budget.metric).fitted([budget.value])
+        relative = relative_margin(budget)
+        share = "" if relative is None else f" ({relative:+.0%})"
+        sign, style = SIGNS[budget.ok], "kept" if budget.ok else "broken"
+        word = "kept" if budget.ok else "not kept"
+        lines.append(
+            f'<tr><td class="text {style}" data-c="ok" data-v="{int(budget.ok)}">'
+            f'<span class="judged">{sign} {word}</span></td>'
+            f'<td class="text wrap" data-c="test" data-v="{escape(budget.test)}">'
+            f"{escape(budget.test)}</td>"
+            f'<th scope="row" class="name" data-c="id" data-v="{escape(row.id)}">'
+            f"{escape(row.id)}</th>"
+            f'<td class="text" data-c="metric" data-v="{escape(budget.metric)}">'
+            f"{escape(budget.metric)}</td>"
+            f'<td data-c="value" data-v="{sort_key(budget.value)}">'
+            f"{escape(column.number(budget.value) + column.suffix)}</td>"
+            f'<td data-c="budget" data-v="{sort_key(budget.budget)}">'
+            f"{escape(budget_text(column, budget))}</td>"
+            f'<td data-c="margin" data-v="{sort_key(margin(budget))}">'
+            f"{escape(margin_text(column, budget) + share)}</td></tr>"
+        )
+    heads = (
+        ("ok", "Outcome", True),
+        ("test", "Test", True),
+        ("id", "Candidate", True),
+        ("metric", "Measure", True),
+        ("value", "Value", False),
+        ("budget", "Budget", False),
+        ("margin", "Margin", False),
+    )
+    head = "".join(
+        f'<th scope="col" data-c="{key}"'
+        + (' class="name"' if text else "")
+        + (' data-kind="text"' if text and key != "ok" else "")
+        + f">{label}</th>"
+        for key, label, text in heads
+    )
+    return (
+        '<h3>Budgets</h3><div class="scroll" tabindex="0" role="region" aria-label="Budgets">'
+        '<table class="sortable"><caption>Every comparison that a test made with a measure, those '
+        f"not kept first.</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+        "</table></div>"
+    )
+
+
+def _errors(results: Results) -> str:
+    failed = [row for row in results.candidates if row.error]
+    if not failed:
+        return ""
+    items = "".join(
+        f'<p><strong>{escape(row.id)}</strong></p><pre class="error">{escape(row.error)}</pre>'
+        for row in failed
+    )
+    return f"<h3>Errors</h3>{items}"
+
+
+def _scatter(results: Results) -> str:
+    svg = scatter(results)
+    if not svg:
+        return ""
+    caption = (
+        "Lower is closer to the baseline. The dotted line joins candidates that no other beats in "
+        "both size and quality; bars are confidence intervals. The baseline is not drawn: its "
+        "distance from itself is zero."
+    )
+    return f"<h3>Size against quality</h3><figure>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _layers(results: Results) -> str:
+    svg = layer_strip(results)
+    if not svg:
+        return ""
+    what = "the lowest of each block" if is_aggregated(results) else "each quantized layer"
+    caption = (
+        f"Signal-to-noise ratio of the weights, {what}, in the order of the model; numbers above "
+        "are decoder blocks. Darker red is noisier."
+    )
+    lines = []
+    for row in results.candidates:
+        for layer in [] if is_baseline(row) else worst_layers(row, 3):
+            error = ABSENT if layer.output_error is None else f"{layer.output_error:.4g}"
+            lines.append(
+                f'<tr><th scope="row">{escape(row.id)}</th>'
+                f'<td class="text">{escape(layer.name)}</td>'
+                f"<td>{layer.shape[0]} × {layer.shape[1]}</td>"
+                f"<td>{layer.bits_per_weight:.2f}</td><td>{layer.snr_db:.1f}</td>"
+                f"<td>{error}</td></tr>"
+            )
+    head = "".join(
+        f'<th scope="col"{" class=name" if place < 2 else ""}>{label}</th>'
+        for place, label in enumerate(
+            ("Candidate", "Layer", "Shape", "Bits per weight", "SNR, dB", "Output error")
+        )
+    )
+    worst = (
+        "<details><summary>The three noisiest layers of each candidate</summary>"
+        f'<div class="scroll"><table><caption>Noisiest first.</caption><thead><tr>{head}</tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+    )
+    figure = f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+    return f"<h3>Error by layer</h3>{figure}{worst if lines else ''}"
+
+
+def _rest(table: Table) -> str:
+    rest = table.only(primary=False)
+    if not rest.columns:
+        return ""
+    count = len(rest.columns)
+    return (
+        f"<details><summary>{count} more measure{'' if count == 1 else 's'}</summary>"
+        f"{_table(rest, 'more', 'Further measures of the same candidates.')}</details>"
+    )
+
+
+def _provenance(results: Results) -> str:
+    sections: list[tuple[str, list[tuple[str, str]]]] = [
+        ("Model", list(flat(results.model))),
+        ("Evaluation", list(flat(results.evaluation))),
+        ("Calibration", list(flat(results.calibration))),
+        ("Environment", list(flat(results.environment))),
+        (
+            "Run",
+            [
+                ("generator", _generator(results)),
+                ("created", results.created or ABSENT),
+                ("work", work(results)),
+                ("exit status", str(results.exit_status)),
+                ("schema version", str(results.schema_version)),
+            ],
+        ),
+    ]
+    facts = "".join(_facts(label, rows) for label, rows in sections if rows)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row.id)}</th><td class="text">{escape(row.kernel) or ABSENT}'
+        f'</td><td class="text wrap">{_codes(row.keys)}</td>'
+        f'<td class="text">{_stages(row.seconds)}</td>'
+        f"<td>{sum(results.built.get(key, 0) for key in row.keys.values())}</td></tr>"
+        for row in results.candidates
+    )
+    head = "".join(
+        f'<th scope="col"{" class=name" if place < 4 else ""}>{label}</th>'
+        for place, label in enumerate(("Candidate", "Kernel", "Keys", "Seconds", "Built"))
+    )
+    artefacts = (
+        '<div class="scroll"><table><caption>Content keys of what was computed or read from the '
+        f"store.</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        if rows
+        else ""
+    )
+    return f"<details><summary>Provenance</summary>{facts}{artefacts}</details>"
+
+
+def _facts(label: str, rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(
+        f'<tr><th scope="row">{escape(key)}</th><td class="text wrap">{escape(value)}</td></tr>'
+        for key, value in rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{label}</caption><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _codes(keys: dict[str, str]) -> str:
+    return "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in keys.items()) or ABSENT
+
+
+def _stages(seconds: dict[str, float]) -> str:
+    return "<br>".join(f"{escape(k)}: {v:.2f}" for k, v in seconds.items()) or ABSENT

@@ -1,0 +1,76 @@
+"""What methods there are and what can be set on them, as text."""
+
+from __future__ import annotations
+
+import textwrap
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pytest_qlab.errors import QlabError
+from pytest_qlab.methods.base import Method
+from pytest_qlab.methods.registry import find_method, method_names
+
+WIDTH = 88
+
+
+def describe_methods() -> str:
+    """Every registered method with its summary, needs and options; imports no torch.
+
+    A method of somebody else's that cannot be imported is listed with the reason.
+    """
+    blocks = []
+    for name in method_names():
+        try:
+            blocks.append(_describe(find_method(name)))
+        except QlabError as error:
+            blocks.append(f"{name}\n{_indented(f'not available: {error}')}")
+    usage = (
+        "Choose with --qlab-methods=NAME[:option=value]...,NAME...; globs, 'all' and '!NAME' work. "
+        "Example: --qlab-methods=gptq:bits=3:group_size=64,awq"
+    )
+    return "\n\n".join([*blocks, textwrap.fill(usage, WIDTH)]) + "\n"
+
+
+def _describe(method: type[Method]) -> str:
+    lines = [method.name, _indented(getattr(method, "summary", "") or "(no summary)")]
+    if method.reference:
+        lines.append(_indented(f"reference: {method.reference}"))
+    needs = ", ".join(sorted(method.needs)) or "nothing"
+    lines.append(_indented(f"needs from calibration: {needs}"))
+    rows = []
+    for key, field in method.model_fields.items():
+        default = (
+            "(required)"
+            if field.is_required()
+            else _plain(field.get_default(call_default_factory=True))
+        )
+        rows.append((key, _type(field.annotation), default, field.description or ""))
+    if rows:
+        widths = [max(len(row[place]) for row in rows) for place in range(3)]
+        for key, kind, default, meaning in rows:
+            head = f"    {key:<{widths[0]}}  {kind:<{widths[1]}}  default {default:<{widths[2]}}"
+            lines.append(f"{head}  {' '.join(meaning.split())}".rstrip())
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    text = " ".join(text.split())
+    return textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def _plain(value: Any) -> str:
+    """A default as it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    """The values that an option takes."""
+    if get_origin(annotation) is Literal:
+        return "|".join(_plain(value) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_type(part) for part in get_args(annotation))
+    if annotation is type(None):
+        return "none"
+    if annotation is bool:
+        return "true|false"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,167 @@
+"""The benchmark table as data: what every view shows, before it is dressed up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pytest_qlab.report.columns import Column, columns_of, is_baseline, measure_of
+from pytest_qlab.results import Budget, CandidateResult, Measure, Results
+
+ABSENT = "–"  # noqa: RUF001 - the en dash is meant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measure of one candidate.
+
+    `text` has no unit; `spread` is the interval as plus-minus; `value` is None where absent.
+    """
+
+    value: float | None
+    text: str
+    spread: str
+    title: str
+    best: bool
+    simulated: bool
+    budgets: tuple[Budget, ...]
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether all budgets were kept; None without a budget."""
+        return all(budget.ok for budget in self.budgets) if self.budgets else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate."""
+
+    candidate: CandidateResult
+    baseline: bool
+    cells: tuple[Cell, ...]
+
+    @property
+    def status(self) -> str:
+        """Why the row has no numbers, or nothing."""
+        if self.candidate.error:
+            return "error"
+        return "" if any(cell.value is not None for cell in self.cells) else "not measured"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in document order."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    def only(self, *, primary: bool) -> Table:
+        """The table of the primary or of the secondary columns."""
+        kept = [place for place, c in enumerate(self.columns) if c.primary == primary]
+        rows = (
+            Row(row.candidate, row.baseline, tuple(row.cells[i] for i in kept)) for row in self.rows
+        )
+        return Table(tuple(self.columns[i] for i in kept), tuple(rows))
+
+
+def build_table(results: Results) -> Table:
+    """All measures of all candidates, the best of each column marked."""
+    columns = columns_of(results)
+    best = {column.name: _best(column, results.candidates) for column in columns}
+    rows = []
+    for candidate in results.candidates:
+        baseline = is_baseline(candidate)
+        cells = (_cell(candidate, c, None if baseline else best[c.name]) for c in columns)
+        rows.append(Row(candidate, baseline, tuple(cells)))
+    return Table(tuple(columns), tuple(rows))
+
+
+def _best(column: Column, candidates: Sequence[CandidateResult]) -> float | None:
+    """The value to mark; None where there is nothing to choose between."""
+    measures = [measure_of(row, column.name) for row in candidates if not is_baseline(row)]
+    values = [measure.value for measure in measures if measure is not None]
+    if not column.better or len(set(values)) < 2:
+        return None
+    return min(values) if column.better == "lower" else max(values)
+
+
+def _cell(candidate: CandidateResult, column: Column, best: float | None) -> Cell:
+    budgets = tuple(b for b in candidate.budgets if b.metric == column.name)
+    measure = measure_of(candidate, column.name)
+    if measure is None:
+        return Cell(None, ABSENT, "", f"{column.name}: not measured", False, False, ())
+    timed = column.name.startswith("latency")
+    simulated = measure.simulated or (candidate.simulated and timed)
+    parts = [f"{column.name} = {measure.value:.6g}" + (f" {measure.unit}" if measure.unit else "")]
+    if measure.lower is not None and measure.upper is not None:
+        level = f"{100 * measure.confidence:g}% interval"
+        parts.append(f"{level} [{measure.lower:.6g}, {measure.upper:.6g}]")
+    if measure.n is not None:
+        clusters = f" in {measure.clusters} documents" if measure.clusters else ""
+        parts.append(f"n = {measure.n}{clusters}")
+    parts += [text for text in (measure.convention, measure.detail) if text]
+    parts += [f"budget {budget_text(column, b)}: {margin_text(column, b)}" for b in budgets]
+    if simulated:
+        parts.append("simulated: no kernel runs the packed bits")
+    is_best = best is not None and measure.value == best
+    return Cell(
+        measure.value,
+        column.number(measure.value),
+        spread_text(column, measure),
+        "; ".join(parts),
+        is_best,
+        simulated,
+        budgets,
+    )
+
+
+def spread_text(column: Column, measure: Measure) -> str:
+    """The interval as plus-minus, with both arms where they differ by more than a quarter."""
+    if measure.lower is None or measure.upper is None:
+        return ""
+    below, above = measure.value - measure.lower, measure.upper - measure.value
+    if below == 0 and above == 0:
+        return ""
+    arms = [column.number(max(arm, 0.0)).lstrip("+") for arm in (below, above)]
+    if min(below, above) >= 0.75 * max(below, above) or arms[0] == arms[1]:
+        return f"±{column.number((below + above) / 2).lstrip('+')}"
+    return f"-{arms[0]} +{arms[1]}"
+
+
+def margin(budget: Budget) -> float:
+    """How far the value is on the right side of its budget; negative where it is not."""
+    upwards = budget.op.startswith(">")
+    return budget.value - budget.budget if upwards else budget.budget - budget.value
+
+
+def budget_text(column: Column, budget: Budget) -> str:
+    """The budget as `< 0.1`, in the column's unit."""
+    return f"{budget.op} {column.plain(budget.budget)}{column.suffix}"
+
+
+def margin_text(column: Column, budget: Budget) -> str:
+    """How much is left, or by how much the value is over or short."""
+    amount = column.plain(abs(margin(budget))) + column.suffix
+    if budget.ok:
+        return f"{amount} left"
+    return f"{amount} short" if budget.op.startswith(">") else f"{amount} over"
+
+
+def relative_margin(budget: Budget) -> float | None:
+    """The margin as a share of the budget; None where the budget is zero."""
+    return margin(budget) / abs(budget.budget) if budget.budget else None
+
+
+def failed_budgets(results: Results) -> list[tuple[CandidateResult, Budget]]:
+    """Every budget that was not kept, in document order."""
+    return [(row, b) for row in results.candidates for b in row.budgets if not b.ok]
+
+
+def run_failed(results: Results) -> bool:
+    """Whether anything in the document is not in order: a test, a budget, a candidate, the run."""
+    bad = sum(results.summary.get(key, 0) for key in ("failed", "error", "errors"))
+    rows = any(
+        row.error or any(outcome in ("failed", "error") for outcome in row.tests.values())
+        for row in results.candidates
+    )
+    return bool(bad or rows or results.exit_status or failed_budgets(results))

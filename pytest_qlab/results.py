@@ -1,0 +1,183 @@
+"""The results document: one versioned JSON object that every table, page and file is made from.
+
+Workers send fragments of it with their test reports, in plain JSON types; the controller merges
+them. `qlab merge` joins the documents of several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pytest_qlab.errors import DataError
+
+SCHEMA_VERSION = 1
+Outcome = Literal["passed", "failed", "skipped", "error"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Measure(_Model):
+    """One number with what is known about it; see `pytest_qlab.Estimate`."""
+
+    value: float
+    lower: float | None = None
+    upper: float | None = None
+    confidence: float = 0.95
+    n: int | None = None
+    clusters: int | None = None
+    unit: str = ""
+    convention: str = ""
+    simulated: bool = False
+    detail: str = ""
+    candidate: str = ""
+
+
+class Budget(_Model):
+    """One comparison that a test made with a measure."""
+
+    test: str
+    metric: str
+    value: float
+    op: str
+    budget: float
+    ok: bool
+
+
+class LayerRow(_Model):
+    """One quantized layer: how many bits it takes and how far its weights moved."""
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    snr_db: float | None = None
+    cosine: float | None = None
+    output_error: float | None = None
+
+
+class CandidateResult(_Model):
+    """Everything known about one candidate: a row of the table."""
+
+    id: str
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    kernel: str = ""
+    simulated: bool = False
+    measures: dict[str, Measure] = Field(default_factory=dict)
+    layers: list[LayerRow] = Field(default_factory=list)
+    seconds: dict[str, float] = Field(default_factory=dict)
+    keys: dict[str, str] = Field(default_factory=dict)
+    budgets: list[Budget] = Field(default_factory=list)
+    tests: dict[str, Outcome] = Field(default_factory=dict)
+    error: str = ""
+
+    def merge(self, other: CandidateResult) -> None:
+        """Take over what `other`, a later fragment of the same candidate, knows."""
+        self.measures.update(other.measures)
+        self.seconds.update(other.seconds)
+        self.keys.update(other.keys)
+        self.tests.update(other.tests)
+        self.layers = other.layers or self.layers
+        self.kernel = other.kernel or self.kernel
+        self.simulated = other.simulated or self.simulated
+        self.error = other.error or self.error
+        known = {(b.test, b.metric, b.op, b.budget) for b in other.budgets}
+        kept = [b for b in self.budgets if (b.test, b.metric, b.op, b.budget) not in known]
+        self.budgets = [*kept, *other.budgets]
+
+
+class Results(_Model):
+    """A run: what was measured, on what, by whom, and how the tests ended."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    generator: str = "pytest-qlab"
+    version: str = ""
+    created: str = ""
+    model: dict[str, Any] = Field(default_factory=dict)
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    candidates: list[CandidateResult] = Field(default_factory=list)
+    built: dict[str, int] = Field(default_factory=dict)
+    reused: int = 0
+    forwards: int = 0
+    summary: dict[str, int] = Field(default_factory=dict)
+    exit_status: int = 0
+    seconds: float = 0.0
+
+    def candidate(self, identifier: str) -> CandidateResult | None:
+        """The row with that id."""
+        return next((row for row in self.candidates if row.id == identifier), None)
+
+    def add(self, fragment: CandidateResult) -> None:
+        """Merge a fragment into its row, which is created if it is new."""
+        row = self.candidate(fragment.id)
+        if row is None:
+            self.candidates.append(fragment)
+        else:
+            row.merge(fragment)
+
+    def write(self, path: Path) -> None:
+        """Write the document atomically."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read a document.
+
+        Raises:
+            DataError: no such file, not JSON, or not a results document of this schema.
+        """
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise DataError(f"The results file {path} cannot be read: {error.strerror}.") from error
+        except (ValueError, ValidationError) as error:
+            raise DataError(
+                f"{path} is not a results document of schema version {SCHEMA_VERSION}: "
+                f"{str(error).splitlines()[0]}. Give a file written by pytest --qlab-json."
+            ) from error
+
+
+def merge_results(documents: Iterable[Results]) -> Results:
+    """Join the documents of several runs over the same model and text, such as CI shards.
+
+    Raises:
+        DataError: there is none, or they measured different models or evaluation sets.
+    """
+    merged: Results | None = None
+    for document in documents:
+        if merged is None:
+            merged = document.model_copy(deep=True)
+            continue
+        for what in ("model", "evaluation"):
+            ours, theirs = getattr(merged, what), getattr(document, what)
+            if ours.get("id") != theirs.get("id"):
+                raise DataError(
+                    f"The results cannot be merged: they measured different {what}s "
+                    f"({ours.get('name')!r} and {theirs.get('name')!r}). Merge only runs over the "
+                    "same model and evaluation set."
+                )
+        for row in document.candidates:
+            merged.add(row.model_copy(deep=True))
+        for key, count in document.built.items():
+            merged.built[key] = merged.built.get(key, 0) + count
+        for key, count in document.summary.items():
+            merged.summary[key] = merged.summary.get(key, 0) + count
+        merged.reused += document.reused
+        merged.forwards += document.forwards
+        merged.seconds += document.seconds
+        merged.exit_status = max(merged.exit_status, document.exit_status)
+    if merged is None:
+        raise DataError("There is nothing to merge: no results file was given.")
+    return merged

@@ -1,0 +1,1 @@
+"""Algorithms that choose codes: tensors in, tensors out; they know no model."""

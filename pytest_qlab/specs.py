@@ -1,0 +1,159 @@
+"""Method specifications: `gptq:bits=3:group_size=64,awq,!none`, globs, `all`, named configurations.
+
+The grammar of one specification is NAME[:key=value]...; a bare `key` means `key=true`. NAME is a
+registered method, a glob over their names, `all`, or a configuration named in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import ValidationError
+
+from pytest_qlab.errors import SpecError, did_you_mean
+from pytest_qlab.methods.base import Method
+from pytest_qlab.methods.registry import find_method, method_names
+
+DEFAULT_SPECS = (
+    "none",
+    "dynamic:bits=8",
+    "dynamic:bits=4",
+    "static:bits=8",
+    "static:bits=4",
+    "rtn",
+    "gptq",
+    "awq",
+)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with its options, and the label of a named configuration if it came from one."""
+
+    method: Method
+    label: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Unique and readable: the test's parameter id and the table's row name."""
+        return self.label or self.method.id
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a name, an id or a glob over either names this specification."""
+        return any(fnmatchcase(name, pattern) for name in (self.id, self.method.name))
+
+
+def parse_specs(
+    texts: Iterable[str], configurations: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[MethodSpec]:
+    """Parse comma-separated specifications, in order, without repetitions.
+
+    Args:
+        texts: each may hold several specifications, separated by commas.
+        configurations: the tables `[tool.qlab.methods.NAME]`.
+
+    Raises:
+        SpecError: an unknown name or option, a wrong value, or nothing is left to run.
+    """
+    named = configurations or {}
+    pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
+    chosen: dict[str, MethodSpec] = {}
+    excluded = [piece[1:].strip() for piece in pieces if piece.startswith("!")]
+    included = [piece for piece in pieces if not piece.startswith("!")]
+    if excluded and not included:
+        included = list(DEFAULT_SPECS)
+    for piece in included:
+        for spec in _expand(piece, named):
+            chosen.setdefault(spec.id, spec)
+    for pattern in excluded:
+        hit = [name for name, spec in chosen.items() if spec.matches(pattern)]
+        if not hit:
+            raise SpecError(
+                f"'!{pattern}' leaves out nothing: no chosen method has that name."
+                f"{did_you_mean(pattern, [*chosen, *(s.method.name for s in chosen.values())])}"
+            )
+        for name in hit:
+            del chosen[name]
+    if not chosen:
+        given = ", ".join(pieces) or "(empty)"
+        raise SpecError(
+            f"No method is left to run: {given!r} selects none. Name at least one, "
+            "for example --qlab-methods=gptq,awq."
+        )
+    return list(chosen.values())
+
+
+def _expand(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[MethodSpec]:
+    name, *options = piece.split(":")
+    given = dict(_option(piece, option) for option in options)
+    if name == "all":
+        return [_build(known, given, None) for known in method_names()]
+    if any(character in name for character in "*?["):
+        hits = [known for known in [*method_names(), *named] if fnmatchcase(known, name)]
+        if not hits:
+            raise SpecError(
+                f"{name!r} matches no method.{did_you_mean(name, [*method_names(), *named])}"
+            )
+        return [spec for hit in hits for spec in _expand(":".join([hit, *options]), named)]
+    if name in named:
+        table = dict(named[name])
+        base = table.pop("method", None)
+        if not isinstance(base, str):
+            raise SpecError(
+                f"The configuration [tool.qlab.methods.{name}] does not say which method it "
+                'configures: add a line like method = "gptq".'
+            )
+        label = name if not given else None
+        return [_build(base, {**table, **given}, label)]
+    if name not in method_names():
+        raise SpecError(f"Unknown method {name!r}.{did_you_mean(name, [*method_names(), *named])}")
+    return [_build(name, given, None)]
+
+
+def _option(piece: str, option: str) -> tuple[str, Any]:
+    key, equals, value = option.partition("=")
+    if not key.strip():
+        raise SpecError(
+            f"{piece!r} has an empty option. Expected NAME:key=value, "
+            "for example gptq:bits=3:group_size=64."
+        )
+    return key.strip(), value.strip() if equals else True
+
+
+def _build(name: str, options: Mapping[str, Any], label: str | None) -> MethodSpec:
+    method = find_method(name)
+    fields = method.model_fields
+    for key in options:
+        if key not in fields:
+            raise SpecError(f"The method {name!r} has no option {key!r}.{did_you_mean(key, fields)}")
+    try:
+        return MethodSpec(method(**{key: _literal(value) for key, value in options.items()}), label)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}: {problem['msg']}"
+            f" (given {problem['input']!r})"
+            for problem in error.errors()
+        )
+        raise SpecError(f"The method {name!r} cannot be configured so: {problems}.") from error
+
+
+def _literal(value: Any) -> Any:
+    """Turn the command line's text into a number or truth value where it reads as one.
+
+    Pydantic does this for plain types, but a `Literal[2, 3, 4]` wants the number itself.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "yes", "on"):
+        return True
+    if value.lower() in ("false", "no", "off"):
+        return False
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value

@@ -1,0 +1,1 @@
+"""Paired estimates, intervals and quantiles for clustered samples; numpy only."""

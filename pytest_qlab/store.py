@@ -1,0 +1,271 @@
+"""The store: content-addressed artefacts, built once for all workers and runs.
+
+An entry is a directory named after the hash of everything that determines its content. Whoever
+needs it first builds it in a temporary directory and renames it into place, under a file lock that
+the kernel releases if the builder dies; all others wait, then read. Every file's digest is written
+beside it and checked before its first use, so that nothing partial or damaged is ever read back.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from pytest_qlab.errors import CorruptEntryError, QlabError, StoreError, StoreFullError
+
+T = TypeVar("T")
+MANIFEST = "manifest.json"
+LAYOUT = 1
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """Hex SHA-256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Store:
+    """Artefacts by content hash, shared by all processes that use the same root.
+
+    Args:
+        root: directory; created when first written to.
+        run_dir: directory of this run, where failed builds are remembered so that no other worker
+            repeats them; None outside pytest.
+        on_wait: called with a line of text while another process builds what is asked for.
+
+    Attributes:
+        built: how often this process built each entry, by 'kind/key'.
+        reused: how often it read an entry that was there already.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        run_dir: Path | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root = root
+        self.built: dict[str, int] = {}
+        self.reused = 0
+        self._run_dir = run_dir
+        self._on_wait = on_wait
+        self._verified: set[Path] = set()
+
+    def path(self, kind: str, parts: Mapping[str, Any]) -> Path:
+        """Where the entry of that kind with those determining parts is, or would be."""
+        return self.root / f"v{LAYOUT}" / kind / content_hash(parts)
+
+    def has(self, kind: str, parts: Mapping[str, Any]) -> bool:
+        """Whether the entry is there."""
+        return (self.path(kind, parts) / MANIFEST).exists()
+
+    def get(
+        self,
+        kind: str,
+        parts: Mapping[str, Any],
+        build: Callable[[Path], None],
+        load: Callable[[Path], T],
+    ) -> T:
+        """Return the loaded entry, building it first if no process has built it yet.
+
+        Args:
+            kind: a short name that groups entries, such as `quantized`.
+            parts: everything that determines the content, as plain JSON types.
+            build: writes the entry's files into the empty directory it is given.
+            load: reads them; called without the lock, so it may memory-map.
+
+        Raises:
+            CorruptEntryError: the files differ from what was written.
+            StoreFullError: no space was left; nothing partial stays behind.
+            StoreError: the directory cannot be written.
+            QlabError: what `build` raises; in the same run, other workers get the same error.
+        """
+        entry = self.path(kind, parts)
+        if (entry / MANIFEST).exists():
+            self.reused += 1
+        else:
+            self._build_once(kind, parts, entry, build)
+        self._verify(entry)
+        return load(entry)
+
+    def json(self, kind: str, parts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """`get` for an entry that is one JSON value."""
+
+        def build(directory: Path) -> None:
+            (directory / "value.json").write_text(canonical_json(compute()), encoding="utf-8")
+
+        return self.get(
+            kind,
+            parts,
+            build,
+            lambda directory: json.loads((directory / "value.json").read_text(encoding="utf-8")),
+        )
+
+    def _build_once(
+        self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
+    ) -> None:
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked(kind, entry):
+                if (entry / MANIFEST).exists():
+                    self.reused += 1
+                    return
+                self._raise_remembered_failure(entry)
+                try:
+                    self._build(kind, parts, entry, build)
+                except QlabError as error:
+                    self._remember_failure(entry, error)
+                    raise
+        except OSError as error:
+            raise self._explain(error) from error
+        except Exception as error:
+            # safetensors reports a full disk with an exception of its own.
+            if "No space left" in str(error):
+                raise self._explain(OSError(errno.ENOSPC, str(error))) from error
+            raise
+
+    def _build(
+        self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
+    ) -> None:
+        self._discard_abandoned(entry)
+        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+        try:
+            started = time.perf_counter()
+            build(partial)
+            files = {
+                file.relative_to(partial).as_posix(): {
+                    "size": file.stat().st_size,
+                    "sha256": file_digest(file),
+                }
+                for file in sorted(partial.rglob("*"))
+                if file.is_file()
+            }
+            manifest = {
+                "kind": kind,
+                "parts": dict(parts),
+                "files": files,
+                "seconds": time.perf_counter() - started,
+            }
+            with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+                json.dump(manifest, stream, indent=1, sort_keys=True)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if entry.exists():
+                shutil.rmtree(entry)
+            partial.rename(entry)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        name = f"{kind}/{entry.name}"
+        self.built[name] = self.built.get(name, 0) + 1
+        self._verified.add(entry)
+
+    def _discard_abandoned(self, entry: Path) -> None:
+        """Remove what a killed builder of this entry left; the lock says that it is gone."""
+        for partial in entry.parent.glob(f".{entry.name}.*"):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, kind: str, entry: Path) -> Iterator[None]:
+        lock = FileLock(entry.with_name(f".{entry.name}.lock"))
+        try:
+            lock.acquire(timeout=1.0)
+        except Timeout:
+            if self._on_wait is not None:
+                self._on_wait(f"waiting for another worker that builds {kind} {entry.name[:12]}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _verify(self, entry: Path) -> None:
+        if entry in self._verified:
+            return
+        try:
+            manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+            expected = manifest["files"]
+            for name, facts in expected.items():
+                file = entry / name
+                if not file.is_file():
+                    raise self._corrupt(entry, f"{name} is missing")
+                if file.stat().st_size != facts["size"]:
+                    raise self._corrupt(
+                        entry, f"{name} has {file.stat().st_size} bytes, not {facts['size']}"
+                    )
+                if file_digest(file) != facts["sha256"]:
+                    raise self._corrupt(entry, f"{name} differs from what was written")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._corrupt(entry, f"{MANIFEST} cannot be read ({error})") from error
+        except OSError as error:
+            raise self._explain(error) from error
+        self._verified.add(entry)
+
+    @staticmethod
+    def _corrupt(entry: Path, why: str) -> CorruptEntryError:
+        return CorruptEntryError(
+            f"The stored artefact {entry} is damaged: {why}. It was not used. Delete that "
+            "directory and run again; the artefact will be built anew."
+        )
+
+    def _explain(self, error: OSError) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreFullError(
+                f"No space is left for artefacts under {self.root}. Nothing partial was kept. Free "
+                "some space, delete old artefacts there, or name another directory with "
+                "--qlab-store=DIR."
+            )
+        return StoreError(
+            f"The store {self.root} cannot be used: {error}. Name a directory that can be written "
+            "with --qlab-store=DIR."
+        )
+
+    def _failure_file(self, entry: Path) -> Path | None:
+        return None if self._run_dir is None else self._run_dir / "failed" / f"{entry.name}.json"
+
+    def _remember_failure(self, entry: Path, error: QlabError) -> None:
+        file = self._failure_file(entry)
+        if file is not None and not isinstance(error, StoreError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"message": str(error)}), encoding="utf-8")
+
+    def _raise_remembered_failure(self, entry: Path) -> None:
+        file = self._failure_file(entry)
+        if file is not None and file.exists():
+            raise QlabError(json.loads(file.read_text(encoding="utf-8"))["message"])
+
+
+def default_store() -> Path:
+    """Where artefacts are kept if nobody says otherwise: $QLAB_STORE, or the user's cache."""
+    if os.environ.get("QLAB_STORE"):
+        return Path(os.environ["QLAB_STORE"])
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pytest-qlab"

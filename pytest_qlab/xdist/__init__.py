@@ -1,0 +1,1 @@
+"""What running under pytest-xdist takes: plan, scheduler, integrity guards, progress, locks."""

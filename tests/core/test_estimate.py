@@ -1,0 +1,77 @@
+"""Estimates: floats that remember what they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_qlab.errors import MetricError
+from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
+
+finite = st.floats(allow_nan=False)
+
+
+@given(finite, finite)
+def test_compares_like_the_float_it_is(value: float, other: float) -> None:
+    estimate = Estimate(value, metric="m")
+    assert (estimate < other) == (value < other)
+    assert (estimate <= other) == (value <= other)
+    assert (estimate > other) == (value > other)
+    assert (estimate >= other) == (value >= other)
+    assert (estimate == other) == (value == other)
+    assert (other < estimate) == (other < value)
+    assert hash(estimate) == hash(value)
+
+
+def test_is_a_plain_float_in_arithmetic() -> None:
+    estimate = Estimate(2.0, metric="m", lower=1.0, upper=3.0)
+    assert type(estimate * 2) is float
+    assert type(1.1 * estimate) is float
+    assert type(float(estimate)) is float
+    assert f"{estimate:.1f}" == "2.0"
+    assert estimate == pytest.approx(2.0)
+
+
+def test_comparisons_are_observed() -> None:
+    seen: list[Comparison] = []
+    estimate = Estimate(0.2, metric="kl.mean", candidate="rtn")
+    with observe_comparisons(seen.append):
+        assert estimate < 0.3
+        assert not estimate > 0.3
+        assert 0.1 < estimate
+        assert estimate != "text"
+    assert estimate < 0.5
+    assert [(each.op, each.budget, each.ok) for each in seen] == [
+        ("<", 0.3, True),
+        (">", 0.3, False),
+        (">", 0.1, True),
+    ]
+    assert json.loads(json.dumps(seen[0].to_dict()))["metric"] == "kl.mean"
+
+
+def test_unordered_types_are_refused() -> None:
+    with pytest.raises(TypeError):
+        assert Estimate(1.0, metric="m") < "2"
+
+
+def test_nan_is_never_compared() -> None:
+    with pytest.raises(MetricError, match="not a number"):
+        Estimate(math.nan, metric="perplexity")
+
+
+def test_round_trips() -> None:
+    estimate = Estimate(
+        1.5, metric="x", candidate="c", lower=1.0, upper=2.0, n=10, clusters=3, unit="nats"
+    )
+    for copy in (
+        Estimate.from_dict("x", json.loads(json.dumps(estimate.to_dict()))),
+        pickle.loads(pickle.dumps(estimate)),
+    ):
+        assert copy == estimate
+        assert vars(copy) == vars(estimate)
+    assert repr(estimate) == "1.5 [1, 2] nats"
