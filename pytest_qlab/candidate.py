@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from pytest_qlab.checkpoint import Checkpoint, instantiate
+from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.evaluation import evaluate
 from pytest_qlab.kernels.linear import set_materialized
-from pytest_qlab.layers import LayerErrors, measure_layers
-from pytest_qlab.metrics.fidelity import Fidelity
-from pytest_qlab.metrics.size import Size
+from pytest_qlab.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.results import CandidateResult, LayerRow, Measure
 from pytest_qlab.speed import Latency, Memory, measure_latency, measure_memory
+from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from pytest_qlab.lab import Lab
     from pytest_qlab.specs import MethodSpec
 
 FIDELITY_VERSION = 1
+LAYERS_VERSION = 1
 
 
-class Divergence:
-    """KL(base || candidate) per token, in nats: `mean`, `median`, `p99`, `max`."""
+class WeightMeasures:
+    """`snr_db` and `cosine` of all quantized weights, against the original ones."""
 
     def __init__(self, estimates: Mapping[str, Estimate]) -> None:
-        self.mean = estimates["kl.mean"]
-        self.median = estimates["kl.median"]
-        self.p99 = estimates["kl.p99"]
-        self.max = estimates["kl.max"]
+        self.snr_db = estimates["weights.snr_db"]
+        self.cosine = estimates["weights.cosine"]
 
 
 class Candidate:
@@ -57,11 +57,13 @@ class Candidate:
         """The method specification's id, such as `gptq-w4g128`."""
         return self.spec.id
 
+    # --- the model -------------------------------------------------------------------------
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The packed model on disk."""
         found = self.lab.checkpoint(self.method)
-        self._note(self._sizes(found).estimates(self.id))
+        self._note(found.size.estimates(self.id))
         return found
 
     @cached_property
@@ -69,48 +71,205 @@ class Candidate:
         """The quantized model, which runs its packed layers; a transformers causal LM."""
         return instantiate(self.checkpoint, self.lab.base_model)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return self.lab.tokenizer
+
     def release(self) -> None:
-        """Let go of the model in memory."""
+        """Let go of the model in memory; it is read again from the store when next used."""
         self.__dict__.pop("model", None)
+
+    # --- damage ----------------------------------------------------------------------------
 
     @cached_property
     def fidelity(self) -> Fidelity:
         """All measures of how far the candidate's predictions are from the base model's."""
+        lab = self.lab
         checkpoint = self.checkpoint
         parts = {
-            "reference": self.lab.reference.identity(),
-            "quantized": self.lab.quantized_identity(self.method),
+            "reference": lab.reference.identity(),
+            "quantized": lab.quantized_identity(self.method),
             "code": FIDELITY_VERSION,
         }
 
         def build(directory: Path) -> None:
-            self.lab.progress(f"{self.id}: evaluating")
+            lab.progress(f"{self.id}: evaluating")
             set_materialized(self.model, True)
             try:
-                found = evaluate(self.lab, self.model)
+                tokens = evaluate(lab, self.model)
             finally:
                 set_materialized(self.model, False)
-            save_file(found.tensors, directory / "tokens.safetensors")
-            (directory / "facts.json").write_text(json.dumps(found.facts), encoding="utf-8")
+            save_file(tokens.to_tensors(), directory / "tokens.safetensors")
+            domains = [domain for _, domain in lab.eval_data.documents]
+            (directory / "domains.json").write_text(json.dumps(domains), encoding="utf-8")
 
-        directory = self.lab.store.get("fidelity", parts, build, Path)
-        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        directory = lab.store.get("fidelity", parts, build, Path)
         fidelity = Fidelity.from_tensors(
             load_file(directory / "tokens.safetensors"),
+            domains=json.loads((directory / "domains.json").read_text(encoding="utf-8")),
             candidate=self.id,
-            convention=self.lab.evaluation.convention,
-            domains=facts["domains"],
-            name=self.lab.evaluation.name,
+            convention=lab.evaluation.convention,
+            name=lab.evaluation.name,
         )
-        del checkpoint
         self._note(fidelity.estimates())
+        self._note(checkpoint.size.estimates(self.id))
         return fidelity
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp of the mean negative log-likelihood per scored token."""
+        return self.fidelity.perplexity
+
+    @property
+    def perplexity_delta(self) -> Estimate:
+        """Perplexity minus the base model's, paired."""
+        return self.fidelity.perplexity_delta
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """Perplexity over the base model's, paired."""
+        return self.fidelity.perplexity_ratio
+
+    @property
+    def log_perplexity_delta(self) -> Estimate:
+        """ln of `perplexity_ratio`, nats per token."""
+        return self.fidelity.log_perplexity_delta
+
+    @property
+    def kl(self) -> KlEstimates:
+        """KL(base || candidate) per token, nats: `mean`, `median`, `p99`, `max`."""
+        return self.fidelity.kl
+
+    @property
+    def top1_agreement(self) -> Estimate:
+        """Share of tokens for which both models find the same token most likely."""
+        return self.fidelity.top1_agreement
+
+    @property
+    def snr_db(self) -> Estimate:
+        """Signal-to-noise ratio of the final hidden states, dB."""
+        return self.fidelity.hidden_snr_db
+
+    @property
+    def cosine(self) -> Estimate:
+        """Mean cosine between the final hidden states."""
+        return self.fidelity.hidden_cosine
+
+    def domain(self, name: str) -> Fidelity:
+        """The measures of damage on one domain of the evaluation text, such as `code`."""
+        return self.fidelity.domain(name)
+
+    # --- layers ----------------------------------------------------------------------------
+
+    @cached_property
+    def _layer_errors(self) -> LayerErrors:
+        parts = {
+            "quantized": self.lab.quantized_identity(self.method),
+            "calibration": self.lab.calibration_input.identity,
+            "code": LAYERS_VERSION,
+        }
+        checkpoint = self.checkpoint
+        stored = self.lab.store.json(
+            "layers", parts, lambda: measure_layers(self.lab, checkpoint).to_dict()
+        )
+        found = LayerErrors.from_dict(stored)
+        self._note(found.total.estimates(self.id))
+        return found
+
+    @property
+    def layers(self) -> tuple[LayerError, ...]:
+        """Every quantized layer with its bits, its weights' SNR and its output error."""
+        return self._layer_errors.layers
+
+    @property
+    def weights(self) -> WeightMeasures:
+        """`weights.snr_db` and `weights.cosine`, over all quantized weights."""
+        return WeightMeasures(self._layer_errors.total.estimates(self.id))
+
+    @property
+    def layer_error(self) -> Estimate:
+        """Squared error of all layers' outputs on calibration inputs, relative to the outputs."""
+        return self._from(self._layer_errors.total.estimates(self.id), "layer_error")
+
+    # --- size, memory, speed ---------------------------------------------------------------
+
+    @property
+    def size(self) -> Estimate:
+        """Bytes of everything that has to be stored."""
+        return self._from(self.checkpoint.size.estimates(self.id), "size")
+
+    @property
+    def compression_ratio(self) -> Estimate:
+        """Bytes of the base model's checkpoint over `size`."""
+        return self._from(self.checkpoint.size.estimates(self.id), "compression_ratio")
+
+    @property
+    def bits_per_weight(self) -> Estimate:
+        """Stored bits for each weight of the quantized linear layers."""
+        return self._from(self.checkpoint.size.estimates(self.id), "bits_per_weight")
+
+    @property
+    def model_bits_per_weight(self) -> Estimate:
+        """Stored bits for each parameter of the whole model."""
+        return self._from(self.checkpoint.size.estimates(self.id), "model_bits_per_weight")
+
+    @cached_property
+    def memory(self) -> Memory:
+        """`memory.resident`, `memory.peak`, `memory.kv_per_token`, bytes."""
+        found = measure_memory(self)
+        self._note(found.estimates)
+        return found
+
+    @cached_property
+    def latency(self) -> Latency:
+        """`latency.p50`, `latency.p99`, `latency.ratio`; seconds, paired with the base model."""
+        paired = measure_latency(self)
+        self._note(paired.estimates())
+        return Latency(paired)
+
+    # --- for the table ---------------------------------------------------------------------
 
     def _note(self, estimates: Mapping[str, Estimate]) -> None:
         self._measured.update(estimates)
 
+    def _from(self, estimates: Mapping[str, Estimate], metric: str) -> Estimate:
+        if metric not in estimates:
+            raise MetricError(
+                f"{metric} of {self.id} is not defined for this model.{did_you_mean(metric, estimates)}"
+            )
+        return estimates[metric]
+
     def __getitem__(self, metric: str) -> Estimate:
         """A measure by its dotted name, such as `kl.mean` or `perplexity_delta[code]`."""
         if metric not in self._measured:
-            self.fidelity  # noqa: B018
+            found = {
+                **self.fidelity.estimates(),
+                **self.checkpoint.size.estimates(self.id),
+                **self._layer_errors.total.estimates(self.id),
+            }
+            return self._from(found, metric)
         return self._measured[metric]
+
+    def fragment(self) -> CandidateResult:
+        """Everything measured so far, for the results document; computes nothing."""
+        measures = {
+            name: Measure(**each.to_dict()) for name, each in sorted(self._measured.items())
+        }
+        result = CandidateResult(
+            id=self.id,
+            method=self.method.name,
+            options=self.method.model_dump(mode="json"),
+            measures=measures,
+        )
+        checkpoint: Checkpoint | None = self.__dict__.get("checkpoint")
+        if checkpoint is not None:
+            result.kernel = checkpoint.kernel
+            result.simulated = checkpoint.simulated
+            result.seconds["quantize"] = checkpoint.seconds
+            result.keys["quantized"] = checkpoint.directory.name
+        errors: LayerErrors | None = self.__dict__.get("_layer_errors")
+        if errors is not None:
+            result.layers = [LayerRow(**vars(layer)) for layer in errors.layers]
+        result.keys["reference"] = content_hash(self.lab.reference.identity())
+        return result

@@ -23,6 +23,7 @@ from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
+from pytest_qlab.metrics.size import Size
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.models.structure import all_linears
 
@@ -42,9 +43,31 @@ class Checkpoint:
     index: dict[str, Any]
 
     @property
-    def layer_names(self) -> list[str]:
-        """Dotted names of the quantized layers."""
-        return list(self.index["layers"])
+    def seconds(self) -> float:
+        """Wall time of the quantization."""
+        return float(self.index["seconds"])
+
+    @property
+    def kernel(self) -> str:
+        """What runs the layers, such as `dequantize-matmul`."""
+        return str(self.index["kernel"])
+
+    @property
+    def simulated(self) -> bool:
+        """Whether some layer's packed bits are not what runs."""
+        return bool(self.index["simulated"])
+
+    @property
+    def size(self) -> Size:
+        """Bytes of everything that is stored, beside the base model's."""
+        stored = self.index["size"]
+        layers = [(name, (rows, columns), n) for name, (rows, columns), n in stored["layers"]]
+        return Size.of(
+            layers,
+            stored["others"],
+            parameters=stored["parameters"],
+            base_bytes=stored["base_bytes"],
+        )
 
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers, by name."""
@@ -80,7 +103,7 @@ class Checkpoint:
 def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedModel) -> None:
     """Write `quantized`, made from `loaded`, into an empty directory."""
     packed = {
-        f"layers.{name}.{part}.{field}": tensor.contiguous()
+        f"layers.{name}.{part}.{field}": tensor
         for name, layer in quantized.layers.items()
         for part, holder in (("weight", layer.weight), ("activation", layer.activation))
         if holder is not None
@@ -94,23 +117,44 @@ def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedMo
         for name, parameter in loaded.model.named_parameters()
         if name not in weights
     }
-    save_file({key: t.contiguous().cpu() for key, t in {**packed, **others}.items()},
-              directory / MODEL_FILE)
+    save_file(
+        {key: t.contiguous().cpu() for key, t in {**packed, **others}.items()},
+        directory / MODEL_FILE,
+    )
     if quantized.scales:
         save_file(
             {
-                f"{name}.{kind}": scale.contiguous()
+                f"{name}.{kind}": scale.clone()
                 for name, scales in quantized.scales.items()
                 for kind, scale in scales.items()
             },
             directory / SCALES_FILE,
         )
+    runners = [_module(layer, None, torch.float32) for layer in quantized.layers.values()]
+    parameters = dict(loaded.model.named_parameters())
     index = {
         "layers": {name: describe_layer(layer) for name, layer in quantized.layers.items()},
         "seconds": quantized.seconds,
         "forwards": quantized.forwards,
+        "kernel": ", ".join(sorted({runner.kernel for runner in runners})),
+        "simulated": any(runner.simulated for runner in runners),
+        "size": {
+            "layers": [
+                (name, layer.weight.shape, layer_bytes(layer))
+                for name, layer in quantized.layers.items()
+            ],
+            "others": {key: tensor.nbytes for key, tensor in others.items()},
+            "parameters": sum(each.numel() for each in parameters.values()),
+            "base_bytes": loaded.nbytes,
+        },
     }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def layer_bytes(layer: QuantizedLayer) -> int:
+    """Bytes of everything that is stored for a layer but its bias."""
+    activation = {} if layer.activation is None else layer.activation.tensors()
+    return layer.weight.nbytes + sum(tensor.nbytes for tensor in activation.values())
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -140,9 +184,13 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
         layers = checkpoint.layers()
         for site in all_linears(model):
             layer = layers[site.name]
-            module = PackedLinear(layer.weight, site.bias, layer.activation, reference.dtype)
+            module = _module(layer, site.bias, reference.dtype)
             site.replace(model, module.to(reference.device))
     return model.eval()
+
+
+def _module(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+    return PackedLinear(layer.weight, bias, layer.activation, dtype)
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -34,6 +34,10 @@ class MetricError(QlabError):
     """A measurement that did not yield a number that may be compared."""
 
 
+class NotMeasuredError(MetricError):
+    """A measurement that could not be made now: neither a pass nor a failure."""
+
+
 class StoreError(QlabError):
     """The store of artefacts cannot be read or written."""
 

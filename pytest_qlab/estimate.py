@@ -135,7 +135,11 @@ class Estimate(float):
 
     def _compared(self, op: str, other: object, outcome: Any) -> Any:
         observer = _observer.get()
-        if observer is not None and outcome is not NotImplemented and isinstance(other, int | float):
+        if (
+            observer is not None
+            and outcome is not NotImplemented
+            and isinstance(other, int | float)
+        ):
             observer(
                 Comparison(
                     self.candidate, self.metric, float(self), op, float(other), bool(outcome)

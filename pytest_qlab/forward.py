@@ -6,12 +6,9 @@ logits cannot be made from them gives its logits instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-
-from pytest_qlab.parallel import ordered_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,26 +17,20 @@ if TYPE_CHECKING:
     from pytest_qlab.models.head import Head
 
 
-def predictions(head: Head, windows: Sequence[Window], *, threads: int) -> Iterator[Tensor]:
-    """Yield, for each window, what predicts its scored tokens, float32.
+def predict(head: Head, window: Window) -> Tensor:
+    """What predicts a window's scored tokens, float32; position t predicts the token at t + 1.
 
     Args:
         head: of the model that is run.
-        windows: token ids; position t predicts the token at t + 1.
-        threads: windows that run at the same time.
+        window: token ids, of which those from `first_scored` on are scored.
 
-    Yields:
+    Returns:
         Final hidden states [scored, hidden size], or where the head is not exact, logits
         [scored, vocabulary].
     """
-    device = head.weight.device
-
-    def run(window: Window) -> Tensor:
-        ids = torch.tensor([window.ids], device=device)
-        found = head.hidden(ids) if head.exact else head.full_logits(ids)
-        return found[0, window.first_scored - 1 : -1].float()
-
-    return ordered_map(run, windows, threads)
+    ids = torch.tensor([window.ids], device=head.weight.device)
+    found = head.hidden(ids) if head.exact else head.full_logits(ids)
+    return found[0, window.first_scored - 1 : -1].float()
 
 
 def targets_of(window: Window) -> Tensor:

@@ -25,7 +25,7 @@ from pytest_qlab.models.load import (
 from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 WINDOWS_VERSION = 1
 
@@ -61,7 +61,7 @@ class ModelInput:
 
     def __init__(
         self,
-        model: str | nn.Module | LoadedModel,
+        model: str | PreTrainedModel | LoadedModel,
         tokenizer: Any = None,
         *,
         dtype: str = "float32",
@@ -98,7 +98,9 @@ class ModelInput:
                 revision=self._revision,
                 trust_remote_code=self._trust,
             )
-        return from_memory(self._given, self._tokenizer, self.name)
+        return from_memory(
+            self._given, self._tokenizer, self.name, dtype=self.dtype, device=self.device
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -106,7 +108,9 @@ class ModelInput:
         if self._tokenizer is not None:
             return self._tokenizer
         if isinstance(self._given, str):
-            return load_tokenizer(self._given)
+            return load_tokenizer(
+                self._given, revision=self._revision, trust_remote_code=self._trust
+            )
         return self.loaded.tokenizer
 
     @cached_property
@@ -114,7 +118,7 @@ class ModelInput:
         """Hash of the weights, the configuration and the tokenizer."""
         own = "" if self._tokenizer is None else digest_of(None, self._tokenizer)
         if isinstance(self._given, str):
-            return content_hash([model_digest(self._given, revision=self._revision), own])
+            return content_hash([model_digest(self._given, self._revision), own])
         return content_hash([self.loaded.digest, own])
 
 

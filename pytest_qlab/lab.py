@@ -31,6 +31,7 @@ from pytest_qlab.inputs import (
     InputOptions,
     ModelInput,
 )
+from pytest_qlab.machine import processor_name
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
 from pytest_qlab.parallel import one_thread_per_operation
@@ -297,14 +298,3 @@ class Lab:
         """Let go of all models; what was measured stays in the store."""
         for candidate in self._candidates.values():
             candidate.release()
-
-
-def processor_name() -> str:
-    """The processor's name, as people know it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

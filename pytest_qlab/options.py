@@ -61,45 +61,66 @@ OPTIONS = (
         metavar="SPEC[,...]",
     ),
     Option("model", "text", "embedded", "Base model: 'embedded', a directory, or a hub id."),
-    Option("dtype", "choice", "float32", "Numbers the model computes in.", choices=(
-        "float32", "bfloat16", "float16",
-    )),
+    Option(
+        "dtype",
+        "choice",
+        "float32",
+        "Numbers the model computes in.",
+        choices=(
+            "float32",
+            "bfloat16",
+            "float16",
+        ),
+    ),
     Option("device", "text", "cpu", "Device that models run on, such as cpu or cuda:0."),
     Option("revision", "text", None, "Revision of a hub model."),
     Option("trust-remote-code", "flag", False, "Run code that a hub model brings along."),
     Option("eval", "list", ("embedded",), "Evaluation text: names or paths.", "NAME_OR_PATH[,...]"),
     Option(
-        "calibration", "list", ("embedded",), "Calibration text: names or paths.",
+        "calibration",
+        "list",
+        ("embedded",),
+        "Calibration text: names or paths.",
         "NAME_OR_PATH[,...]",
     ),
     Option("text-key", "text", "text", "Key of the text in JSON and parquet files."),
     Option(
-        "convention", "choice", "spread", "How evaluation text is cut into windows.",
+        "convention",
+        "choice",
+        "spread",
+        "How evaluation text is cut into windows.",
         choices=("spread", "gptq2048", "llamacpp512"),
     ),
     Option("window-length", "int", 512, "Tokens in an evaluation window.", "N", minimum=2),
     Option("max-windows", "int", 64, "Evaluation windows at most; 0 takes all.", "N"),
     Option("calibration-length", "int", 512, "Tokens in a calibration sequence.", "N", minimum=2),
-    Option(
-        "calibration-sequences", "int", 128, "Calibration sequences at most.", "N", minimum=1
-    ),
+    Option("calibration-sequences", "int", 128, "Calibration sequences at most.", "N", minimum=1),
     Option("seed", "int", 0, "Seed of every random choice.", "N"),
     Option(
-        "store", "path", None,
+        "store",
+        "path",
+        None,
         "Directory of artefacts that are kept between runs. Default: $QLAB_STORE, or the user's "
-        "cache directory.", "DIR",
+        "cache directory.",
+        "DIR",
     ),
     Option(
-        "threads", "int", 0,
-        "Windows that one process runs at the same time. Default: cores divided by workers.", "N",
+        "threads",
+        "int",
+        0,
+        "Windows that one process runs at the same time. Default: cores divided by workers.",
+        "N",
     ),
     Option("json", "path", None, "Write the results as JSON.", "FILE"),
     Option("html", "path", None, "Write the results as a stand-alone page.", "FILE"),
     Option("markdown", "path", None, "Write the results as Markdown.", "FILE"),
     Option(
-        "simulated-latency", "choice", "flag",
+        "simulated-latency",
+        "choice",
+        "flag",
         "What to do about latency where no kernel runs the packed bits: measure and flag it, skip "
-        "the test, or fail it.", choices=("flag", "skip", "fail"),
+        "the test, or fail it.",
+        choices=("flag", "skip", "fail"),
     ),
     Option("require-all", "flag", False, "Fail the run if any test of a quantized model skipped."),
 )
@@ -224,8 +245,9 @@ def read_table(root: Path) -> dict[str, Any]:
     known = [key for key in BY_KEY if key != "methods"] + ["select", "methods"]
     for key in table:
         if key not in known:
-            raise pytest.UsageError(f"{path}: unknown key {key!r} in [tool.qlab]."
-                                    f"{did_you_mean(key, known)}")
+            raise pytest.UsageError(
+                f"{path}: unknown key {key!r} in [tool.qlab].{did_you_mean(key, known)}"
+            )
     if "select" in table:
         table["methods"] = table.pop("select")
     if configurations:
@@ -322,7 +344,5 @@ def _integer(option: Option, given: Any, where: str) -> int:
     if number is None or isinstance(given, bool | float):
         raise pytest.UsageError(f"{where}: expected a whole number, got {given!r}.")
     if number < option.minimum:
-        raise pytest.UsageError(
-            f"{where}: expected at least {option.minimum}, got {number}."
-        )
+        raise pytest.UsageError(f"{where}: expected at least {option.minimum}, got {number}.")
     return number

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pytest_qlab.forward import predictions
+from pytest_qlab.forward import predict
 from pytest_qlab.models.head import Head, head_of
+from pytest_qlab.parallel import ordered_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,9 @@ class Reference:
         lab = self._lab
         windows = lab.eval_data.windows
         found = []
-        for number, each in enumerate(predictions(self.head, windows, threads=lab.threads), 1):
+        head = self.head
+        run = ordered_map(lambda window: predict(head, window), windows, lab.threads)
+        for number, each in enumerate(run, 1):
             found.append(each.cpu())
             if number % 16 == 0:
                 lab.progress(f"base model: window {number}/{len(windows)}")
@@ -75,7 +78,7 @@ class Reference:
             "model": {
                 "architecture": type(loaded.model).__name__,
                 "parameters": sum(each.numel() for each in parameters.values()),
-                "bytes": self.nbytes(),
+                "bytes": loaded.nbytes,
             },
             "evaluation": {
                 "windows": len(windows),
@@ -84,11 +87,3 @@ class Reference:
             },
         }
         (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-
-    def nbytes(self) -> int:
-        """Bytes of the base model's parameters in the dtypes that its checkpoint stores."""
-        loaded = self._lab.loaded
-        return sum(
-            parameter.numel() * loaded.storage_dtypes.get(name, parameter.dtype).itemsize
-            for name, parameter in loaded.model.named_parameters()
-        )

@@ -128,7 +128,9 @@ def _build(name: str, options: Mapping[str, Any], label: str | None) -> MethodSp
     fields = method.model_fields
     for key in options:
         if key not in fields:
-            raise SpecError(f"The method {name!r} has no option {key!r}.{did_you_mean(key, fields)}")
+            raise SpecError(
+                f"The method {name!r} has no option {key!r}.{did_you_mean(key, fields)}"
+            )
     try:
         return MethodSpec(method(**{key: _literal(value) for key, value in options.items()}), label)
     except ValidationError as error:

@@ -8,8 +8,10 @@ zero, so that a fold that forgets one of them cannot pass unnoticed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -29,6 +31,7 @@ from transformers import (
     PhiForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -37,8 +40,13 @@ from transformers import (
 
 VOCABULARY = 96
 CONTEXT = 64
-_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-_SHAPE = {
+_TOKENS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_SHAPE: dict[str, Any] = {
     **_TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -49,7 +57,7 @@ _SHAPE = {
 
 
 def _build(
-    model_class: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, seed: int
+    model_class: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, seed: int
 ) -> PreTrainedModel:
     """The model in float32 and eval mode, with weights large enough to make logits differ."""
     with torch.random.fork_rng(devices=[]):
@@ -62,7 +70,7 @@ def _build(
                 parameter.data.add_(0.2 * noise)
             else:
                 parameter.data.copy_(noise / parameter.shape[-1] ** 0.5)
-    model.eval()
+    model.train(False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
@@ -186,3 +194,17 @@ def token_ids(length: int = 24, *, batch: int = 1, seed: int = 0) -> torch.Tenso
     """Random token ids of shape (batch, length), without the special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def character_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with the same vocabulary size: newline and ASCII up to '{', one token each."""
+    characters = ["\n", *(chr(code) for code in range(32, 32 + VOCABULARY - 4))]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

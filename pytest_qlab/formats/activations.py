@@ -46,7 +46,8 @@ class PerTokenSymmetric(ActivationQuantizer):
         # code is `limit` up to rounding, so there is nothing to clamp.
         scale = values.abs().amax(-1, keepdim=True) / limit
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        return ((values / scale).round_() * scale).to(x.dtype)
+        points: Tensor = (values / scale).round_() * scale
+        return points.to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

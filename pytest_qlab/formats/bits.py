@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     per_unit = 8 * unit // bits
     padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -count % per_unit))
     words = (padded.view(rows, -1, per_unit) << _steps(per_unit, bits, codes)).sum(-1)
-    unpadded = (words.unsqueeze(-1) >> _steps(unit, 8, codes)) & 255
+    unpadded: Tensor = (words.unsqueeze(-1) >> _steps(unit, 8, codes)) & 255
     return unpadded.to(torch.uint8).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
 
 
@@ -47,7 +47,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         padded = torch.nn.functional.pad(packed, (0, -width % unit)).to(torch.int32)
         steps = _steps(unit, 8, packed)
         words = (padded.view(rows, -1, unit) << steps).sum(-1, keepdim=True, dtype=torch.int32)
-    codes = (words >> _steps(8 * unit // bits, bits, packed).to(words.dtype)) & (2**bits - 1)
+    codes: Tensor = (words >> _steps(8 * unit // bits, bits, packed).to(words.dtype)) & (
+        2**bits - 1
+    )
     return codes.to(torch.uint8).view(rows, -1)[:, :count]
 
 

@@ -72,12 +72,11 @@ def quantize_model(
         result = _Pass(work, method, sequences, statistics, threads, progress).run()
         originals = dict(model.named_parameters())
         weights = {f"{name}.weight" for name in result.layers}
+        current = {**dict(work.named_parameters()), **result.changed}
         result.changed = {
-            name: parameter.detach().float()
-            for name, parameter in work.named_parameters()
-            if name in originals
-            and name not in weights
-            and not torch.equal(parameter, originals[name])
+            name: tensor.detach().float()
+            for name, tensor in current.items()
+            if name not in weights and not torch.equal(tensor, originals[name])
         }
     result.seconds = time.perf_counter() - started
     return result
@@ -155,7 +154,7 @@ class _Pass:
             everything.update({site.name: layer(site, False) for site in gates})
             call = self.calls[index]
             hidden = call.hidden[:, :TRACE_TOKENS]
-            found = discover_folds(block, lambda: call(block, hidden), [*sites, *gates], name)
+            found = discover_folds(block, lambda: call(block, hidden), sites, name)
             folds = [
                 FoldContext(
                     fold, [everything[each] for each in fold.layers], everything.get(fold.previous)
@@ -186,6 +185,8 @@ class _Pass:
             )
         quantized = self.method.quantize(weight, layer.statistics, name=layer.name)
         self.result.layers[layer.name] = quantized
+        if layer.site.bias is not None:
+            self.result.changed[f"{layer.name}.bias"] = layer.site.bias
         scales = {"column": layer.column_scale, "row": layer.row_scale}
         kept = {key: scale for key, scale in scales.items() if scale is not None}
         if kept:

@@ -190,9 +190,9 @@ def compare_hidden(
     width = tile or (_CPU_TILE if on_cpu else _DEVICE_TILE)
     rows = _ROWS if on_cpu else len(targets)
     blocks = zip(
-        base_hidden.split(rows),
-        candidate_hidden.split(rows),
-        targets.to(base_hidden.device).split(rows),
+        _blocks(base_hidden, rows),
+        _blocks(candidate_hidden, rows),
+        _blocks(targets.to(base_hidden.device), rows),
         strict=True,
     )
     return _joined([_compare(*block, base_head, candidate_head, width) for block in blocks])
@@ -265,7 +265,10 @@ def compare_logits(base: Tensor, candidate: Tensor, targets: Tensor) -> TokenCom
             raise _all_masked(name)
     parts = []
     for p_logits, q_logits, target in zip(
-        base.split(_ROWS), candidate.split(_ROWS), targets.to(base.device).split(_ROWS), strict=True
+        _blocks(base, _ROWS),
+        _blocks(candidate, _ROWS),
+        _blocks(targets.to(base.device), _ROWS),
+        strict=True,
     ):
         log_p = torch.log_softmax(p_logits.double(), dim=1)
         log_q = torch.log_softmax(q_logits.double(), dim=1)
@@ -303,7 +306,7 @@ def compare_states(base_hidden: Tensor, candidate_hidden: Tensor) -> HiddenCompa
         )
     parts = []
     for base, candidate in zip(
-        base_hidden.split(_ROWS), candidate_hidden.split(_ROWS), strict=True
+        _blocks(base_hidden, _ROWS), _blocks(candidate_hidden, _ROWS), strict=True
     ):
         h, other = base.double(), candidate.double()
         for name, values in (("baseline", h), ("candidate", other)):
@@ -322,6 +325,10 @@ def compare_states(base_hidden: Tensor, candidate_hidden: Tensor) -> HiddenCompa
         torch.cat([part.error for part in parts]),
         torch.cat([part.cosine for part in parts]),
     )
+
+
+def _blocks(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _joined(parts: list[TokenComparison]) -> TokenComparison:

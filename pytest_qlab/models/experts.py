@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class UnfusedExperts(nn.ModuleList):
         super().__init__(experts)
         for name in list(fused._parameters):
             del fused._parameters[name]
-        object.__setattr__(self, "_rest", fused)
+        self._rest: list[Any] = [fused]  # in a list: no part of the module tree
         self.interleaved = interleaved
         self.gated = gated
 
@@ -68,17 +69,17 @@ class UnfusedExperts(nn.ModuleList):
 
     def expert(self, index: int, states: Tensor) -> Tensor:
         """One expert's output for hidden states of shape (tokens, hidden)."""
-        expert = self[index]
+        expert: Any = self[index]
         up = expert.up_proj(states)
         if not self.gated:
-            hidden = self._rest.act_fn(up)
+            hidden = self._rest[0].act_fn(up)
         else:
             gate = expert.gate_proj(states)
             if self.interleaved:
                 both = torch.stack([gate, up], dim=-1).flatten(-2)
             else:
                 both = torch.cat([gate, up], dim=-1)
-            hidden = self._rest._apply_gate(both)
+            hidden = self._rest[0]._apply_gate(both)
         output: Tensor = expert.down_proj(hidden)
         return output
 

@@ -124,7 +124,7 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _head_module(model: PreTrainedModel) -> nn.Module:
-    module = model.get_output_embeddings()
+    module: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if module is None or "weight" not in module._parameters:
         raise ModelError(
             f"{type(model).__name__} has no output embeddings (a language model head), so its "

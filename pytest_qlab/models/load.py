@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -66,6 +66,14 @@ class LoadedModel:
     digest: str
     storage_dtypes: dict[str, torch.dtype]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, tied ones once, in the dtypes of the checkpoint."""
+        return sum(
+            parameter.numel() * self.storage_dtypes.get(name, parameter.dtype).itemsize
+            for name, parameter in self.model.named_parameters()
+        )
+
 
 def load_model(
     source: str,
@@ -96,19 +104,20 @@ def load_model(
     tokenizer = _load_tokenizer(directory, source, trust_remote_code)
     with _quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=compute,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
             )
+            model: PreTrainedModel = loaded[0]
+            missing = sorted(loaded[1]["missing_keys"])
         except Exception as error:  # whatever the modelling code makes of a wrong file
             raise ModelError(
                 f"The model {source!r} cannot be loaded: {_first_line(error)} Check that its "
                 "config.json belongs to its weights, or download it again."
             ) from error
-    missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"The weights of the model {source!r} lack {len(missing)} of the tensors that its "
@@ -116,7 +125,7 @@ def load_model(
             "together, or download the model again."
         )
     _prepare(model, tokenizer, source)
-    model.to(where)
+    _move(model, where)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -127,7 +136,7 @@ def load_model(
 
 
 def from_memory(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     name: str = "in memory",
     *,
@@ -139,13 +148,21 @@ def from_memory(
     Raises:
         ModelError: the model or its tokenizer cannot be used.
     """
+    compute = _dtype(dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"A model in memory must be a transformers PreTrainedModel with a language model head, "
+            f"but a {type(model).__name__} was given. Load it with AutoModelForCausalLM."
+        )
     stored = {key: value.dtype for key, value in model.named_parameters(remove_duplicate=False)}
     digest = digest_of(model, tokenizer)
-    used = copy.deepcopy(model).to(_dtype(dtype))
+    used = copy.deepcopy(model)
+    for parameter in used.parameters():  # and no buffers: rotary frequencies stay as exact
+        parameter.data = parameter.data.to(compute)
     if device is not None:
-        used.to(_device(device))
+        _move(used, _device(device))
     _prepare(used, tokenizer, name)
-    return LoadedModel(used, tokenizer, name, digest, _storage_dtypes(used, stored, _dtype(dtype)))
+    return LoadedModel(used, tokenizer, name, digest, _storage_dtypes(used, stored, compute))
 
 
 def load_tokenizer(
@@ -168,17 +185,21 @@ def model_digest(source: str, revision: str | None = None) -> str:
     return digest_of_directory(resolve(source, revision), source)
 
 
-def digest_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of a model in memory: configuration, every tensor, and the tokenizer."""
+def digest_of(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex SHA-256 of a model in memory: configuration, every tensor, and the tokenizer.
+
+    Without a model (None), of the tokenizer alone.
+    """
     digest = hashlib.sha256()
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype"):
-        config.pop(key, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    if model is not None:
+        config = model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(key, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         digest.update(str(backend.to_str()).encode())
@@ -187,6 +208,10 @@ def digest_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     digest.update(json.dumps(special, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -255,12 +280,15 @@ def _load_tokenizer(
                 f"The tokenizer of the model {source!r} cannot be loaded: {_first_line(error)} "
                 "Save it again with tokenizer.save_pretrained."
             ) from error
+    # Texts are longer than the model's context before they are cut: no warning about that.
+    warned = getattr(tokenizer, "deprecation_warnings", {})
+    warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Put a model in the state that LoadedModel promises, and check it."""
-    model.eval()
+    model.train(False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, value in model.named_parameters():
@@ -280,8 +308,7 @@ def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
 ) -> None:
     """No ordinary token may lie outside the embedding; added special tokens are never produced."""
-    embedding = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0])
+    rows = _embedding_rows(model)
     added = {
         index
         for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -298,7 +325,7 @@ def _check_vocabulary(
 
 def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
     """Earlier logits must not depend on later tokens (an encoder loads as a causal model too)."""
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = _embedding_rows(model)
     ids = torch.arange(8, device=model.device).remainder(rows)[None]
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % rows
@@ -310,12 +337,16 @@ def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
             "A wider dtype may help: --qlab-dtype=float32."
         )
     change, size = _norm(first - second), _norm(first)
-    if change > 1e-2 * size:
+    if change > (1e-3 if first.dtype == torch.float32 else 1e-2) * size:
         raise ModelError(
             f"The model {source!r} ({type(model).__name__}) is not a causal language model: its "
             "prediction for a token depends on the tokens after it. Give a decoder model, not an "
             "encoder such as BERT."
         )
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().get_parameter("weight").shape[0])
 
 
 def _norm(value: Tensor) -> float:
@@ -352,11 +383,11 @@ def _quiet() -> Iterator[None]:
     """Transformers without progress bars and notes: errors are all that matters here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -204,7 +204,7 @@ def _dtypes_in(path: Path) -> Iterator[tuple[str, torch.dtype]]:
         for name, value in torch.load(path, map_location="meta", weights_only=True).items():
             yield name, value.dtype
         return
-    with safe_open(path, framework="pt") as tensors:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             dtype = SAFETENSORS_DTYPES.get(tensors.get_slice(name).get_dtype())
             if dtype is not None:

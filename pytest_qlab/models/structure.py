@@ -103,8 +103,10 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     config = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if config is not None else None
     expected = getattr(text_config, "num_hidden_layers", None)
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    inside = {id(module) for module in (decoder or model).modules()}
+    decoder = model
+    if isinstance(model, PreTrainedModel):
+        decoder = model.get_decoder() or model  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in decoder.modules()}
 
     candidates: list[tuple[tuple[bool, bool, int], str, nn.ModuleList]] = []
     outer: list[str] = []

@@ -15,7 +15,7 @@ LEFT_OUT = (
     "extra_info carries anything. A results document holds the median and the 99th percentile, not "
     "the samples: 'median', 'rounds' and 'max' (where there is a p99) are measured; 'min', 'mean', "
     "'stddev', 'iqr' and the outlier counts, which the readers of the format insist on, repeat the "
-    "median or are zero, and extra_info.not_measured of each benchmark names them. Machine-wide and "
+    "median or are zero, and extra_info.not_measured of each benchmark names them. Machine and "
     "commit information is what the results document knows."
 )
 _TIMED = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3")

@@ -14,6 +14,7 @@ Kind = Literal["number", "signed", "percent", "bytes", "seconds", "times"]
 Group = Literal["Quality", "Size", "Memory and speed", "Other"]
 
 BINARY_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
+TIMES = "\N{MULTIPLICATION SIGN}"
 TIME_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 
@@ -80,6 +81,12 @@ class Column:
         shown = value / self.factor
         return "∞" if math.isinf(shown) else f"{shown:.4g}"
 
+    def amount(self, value: float) -> str:
+        """A difference between two values: three digits; of percentages it is in points."""
+        shown = value / self.factor
+        unit = " points" if self.unit == "%" else self.suffix
+        return f"{'∞' if math.isinf(shown) else f'{shown:.3g}'}{unit}"
+
     @property
     def suffix(self) -> str:
         """The unit as it follows a number in running text."""
@@ -107,6 +114,7 @@ KNOWN: tuple[Column, ...] = (
         "dppl",
         1,
         kind="signed",
+        most=3,
         meaning="perplexity minus the baseline's on the same tokens",
     ),
     _quality(
@@ -137,8 +145,10 @@ KNOWN: tuple[Column, ...] = (
         meaning="divergence of the next-token distribution from the baseline's, mean over tokens",
     ),
     _quality("kl.median", "KL median", "KL med", 26, unit="nats", primary=False),
-    _quality("kl.p99", "KL p99", "KL p99", 8, unit="nats", meaning="99th percentile over tokens"),
-    _quality("kl.max", "KL max", "KL max", 27, unit="nats", primary=False),
+    _quality(
+        "kl.p99", "KL p99", "KL p99", 8, unit="nats", most=3, meaning="99th percentile over tokens"
+    ),
+    _quality("kl.max", "KL max", "KL max", 27, unit="nats", most=3, primary=False),
     _quality(
         "top1_agreement",
         "Top-1 agreement",
@@ -226,7 +236,7 @@ KNOWN: tuple[Column, ...] = (
         "Compression",
         "ratio",
         "bytes of the base model over bytes of the candidate",
-        unit="×",
+        unit=TIMES,
         kind="times",
         better="higher",
         group="Size",
@@ -295,7 +305,7 @@ KNOWN: tuple[Column, ...] = (
         "Latency ratio",
         "x time",
         "time over the baseline's, measured interleaved in one process",
-        unit="×",
+        unit=TIMES,
         kind="times",
         better="lower",
         group="Memory and speed",

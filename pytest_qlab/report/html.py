@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from html import escape
 
-from pytest_qlab.report.columns import Column, column_named, is_baseline
+from pytest_qlab.report.columns import TIMES, Column, column_named, is_baseline
 from pytest_qlab.report.describe import flat, outcome, subject, work
 from pytest_qlab.report.plots import is_aggregated, layer_strip, scatter, worst_layers
 from pytest_qlab.report.style import SCRIPT, STYLE
@@ -23,9 +23,11 @@ from pytest_qlab.report.table import (
     relative_margin,
     run_failed,
 )
-from pytest_qlab.results import CandidateResult, Results
+from pytest_qlab.results import Budget, CandidateResult, Results
 
 SIGNS = {True: "✓", False: "✗"}
+OPERATORS = {"<=": "≤", ">=": "≥"}
+MOST_PROBLEMS = 12
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -44,13 +46,14 @@ def render_page(results: Results) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="generator" content="{escape(_generator(results))}">'
         f"<title>{title}</title><style>{STYLE}</style></head>"
-        f'<body class="qlab-page"><main>{_body(results)}</main><script>{SCRIPT}</script></body></html>\n'
+        f'<body class="qlab-page"><main>{_body(results)}</main>'
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
 def _body(results: Results) -> str:
     table = build_table(results)
-    parts = [_head(results)]
+    parts = [_head(results), _problems(table)]
     if table.rows:
         count = len(table.rows)
         caption = (
@@ -60,8 +63,10 @@ def _body(results: Results) -> str:
         parts += [_table(table.only(primary=True), "main", caption), _notes(table, results)]
     else:
         parts.append("<p>No candidate was measured.</p>")
-    parts += [_budgets(table, results), _errors(results), _scatter(results), _layers(results)]
-    parts += [_rest(table), _provenance(results)]
+    plots = _scatter(results) + _layers(results)
+    parts.append(f'<div class="plots">{plots}</div>' if plots else "")
+    parts += [_errors(results), _budgets(table, results), _worst(results), _rest(table)]
+    parts.append(_provenance(results))
     return f'<section class="qlab" aria-label="Quantization benchmark">{"".join(parts)}</section>'
 
 
@@ -93,6 +98,26 @@ def _head(results: Results) -> str:
     )
 
 
+def _problems(table: Table) -> str:
+    """The budgets that were not kept, in words, before any table."""
+    columns = {column.name: column for column in table.columns}
+    lines = []
+    for row in table.rows:
+        for budget in row.candidate.budgets:
+            if not budget.ok:
+                column = columns[budget.metric]
+                lines.append(
+                    f"<li><strong>{escape(row.candidate.id)}</strong>: {escape(budget.metric)} "
+                    f"{escape(column.number(budget.value) + column.suffix)}, budget "
+                    f"{escape(_budget(column, budget))}, "
+                    f'<span class="bad">{escape(margin_text(column, budget))}</span> '
+                    f'<span class="soft">in {escape(budget.test)}</span></li>'
+                )
+    if len(lines) > MOST_PROBLEMS:
+        lines[MOST_PROBLEMS:] = [f"<li>{len(lines) - MOST_PROBLEMS} more below</li>"]
+    return f'<ul class="problems">{"".join(lines)}</ul>' if lines else ""
+
+
 def _table(table: Table, kind: str, caption: str) -> str:
     spans: list[tuple[str, int]] = []
     for column in table.columns:
@@ -112,7 +137,8 @@ def _table(table: Table, kind: str, caption: str) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="{kind} table">'
         f'<table class="sortable {kind}"><caption>{escape(caption)}</caption><thead>'
         f'<tr class="groups"><td class="name"></td>{groups}</tr><tr>'
-        '<th scope="col" class="name" data-c="id" data-kind="text">Candidate</th>'
+        '<th scope="col" class="name" data-c="id" data-kind="text">'
+        "Candidate</th>"
         f"{heads}</tr></thead><tbody>"
         f"{''.join(_row(row, table, first) for row in table.rows)}</tbody></table></div>"
     )
@@ -155,7 +181,7 @@ def _tests(candidate: CandidateResult, baseline: bool) -> str:
     texts = ["baseline"] if baseline else []
     outcomes = list(candidate.tests.values())
     for kind in ("failed", "error", "passed", "skipped"):
-        count = outcomes.count(kind)  # type: ignore[arg-type]
+        count = outcomes.count(kind)
         if count:
             style = "bad" if kind in ("failed", "error") else "ok" if kind == "passed" else "soft"
             sign = {"bad": "✗ ", "ok": "✓ "}.get(style, "")
@@ -180,8 +206,11 @@ def _cell(cell: Cell, column: Column, lead: bool) -> str:
     hidden = '<span class="hidden"> (best)</span>' if cell.best else ""
     small = f'<span class="sub">{escape(cell.spread)}</span>' if cell.spread else ""
     for budget in cell.budgets:
-        told = f"{SIGNS[budget.ok]} {budget_text(column, budget)}, {margin_text(column, budget)}"
+        told = f"{SIGNS[budget.ok]} {OPERATORS.get(budget.op, budget.op)} "
+        told += column.plain(budget.budget)
         small += f'<span class="sub judged">{escape(told)}</span>'
+        if not budget.ok:
+            small += f'<span class="sub judged">{escape(margin_text(column, budget))}</span>'
     kind = f'class="{" ".join(styles)}" ' if styles else ""
     value = "" if math.isnan(cell.value) else sort_key(cell.value)
     return (
@@ -254,7 +283,7 @@ def _budgets(table: Table, results: Results) -> str:
             f'<td data-c="value" data-v="{sort_key(budget.value)}">'
             f"{escape(column.number(budget.value) + column.suffix)}</td>"
             f'<td data-c="budget" data-v="{sort_key(budget.budget)}">'
-            f"{escape(budget_text(column, budget))}</td>"
+            f"{escape(_budget(column, budget))}</td>"
             f'<td data-c="margin" data-v="{sort_key(margin(budget))}">'
             f"{escape(margin_text(column, budget) + share)}</td></tr>"
         )
@@ -282,6 +311,11 @@ def _budgets(table: Table, results: Results) -> str:
     )
 
 
+def _budget(column: Column, budget: Budget) -> str:
+    text = budget_text(column, budget)
+    return text.replace(budget.op, OPERATORS.get(budget.op, budget.op), 1)
+
+
 def _errors(results: Results) -> str:
     failed = [row for row in results.candidates if row.error]
     if not failed:
@@ -302,7 +336,8 @@ def _scatter(results: Results) -> str:
         "both size and quality; bars are confidence intervals. The baseline is not drawn: its "
         "distance from itself is zero."
     )
-    return f"<h3>Size against quality</h3><figure>{svg}<figcaption>{caption}</figcaption></figure>"
+    figure = f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+    return f"<div><h3>Size against quality</h3>{figure}</div>"
 
 
 def _layers(results: Results) -> str:
@@ -314,6 +349,12 @@ def _layers(results: Results) -> str:
         f"Signal-to-noise ratio of the weights, {what}, in the order of the model; numbers above "
         "are decoder blocks. Darker red is noisier."
     )
+    figure = f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+    return f"<div><h3>Error by layer</h3>{figure}</div>"
+
+
+def _worst(results: Results) -> str:
+    """The same as the strip, for those who read numbers: where each candidate is noisiest."""
     lines = []
     for row in results.candidates:
         for layer in [] if is_baseline(row) else worst_layers(row, 3):
@@ -321,7 +362,7 @@ def _layers(results: Results) -> str:
             lines.append(
                 f'<tr><th scope="row">{escape(row.id)}</th>'
                 f'<td class="text">{escape(layer.name)}</td>'
-                f"<td>{layer.shape[0]} × {layer.shape[1]}</td>"
+                f"<td>{layer.shape[0]} {TIMES} {layer.shape[1]}</td>"
                 f"<td>{layer.bits_per_weight:.2f}</td><td>{layer.snr_db:.1f}</td>"
                 f"<td>{error}</td></tr>"
             )
@@ -331,13 +372,13 @@ def _layers(results: Results) -> str:
             ("Candidate", "Layer", "Shape", "Bits per weight", "SNR, dB", "Output error")
         )
     )
-    worst = (
+    if not lines:
+        return ""
+    return (
         "<details><summary>The three noisiest layers of each candidate</summary>"
         f'<div class="scroll"><table><caption>Noisiest first.</caption><thead><tr>{head}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
-    figure = f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
-    return f"<h3>Error by layer</h3>{figure}{worst if lines else ''}"
 
 
 def _rest(table: Table) -> str:
@@ -386,7 +427,10 @@ def _provenance(results: Results) -> str:
         if rows
         else ""
     )
-    return f"<details><summary>Provenance</summary>{facts}{artefacts}</details>"
+    return (
+        f'<details><summary>Provenance</summary><div class="sheets">{facts}</div>'
+        f"{artefacts}</details>"
+    )
 
 
 def _facts(label: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -100,8 +100,8 @@ def _failures(table: Table) -> list[str]:
                 column = columns[b.metric]
                 value = f"{column.number(b.value)}{column.suffix}"
                 lines.append(
-                    f"- {text_of(row.candidate.id)}: {text_of(b.metric)} = {text_of(value)}, budget "
-                    f"{text_of(budget_text(column, b))}, {text_of(margin_text(column, b))} "
+                    f"- {text_of(row.candidate.id)}: {text_of(b.metric)} = {text_of(value)}, "
+                    f"budget {text_of(budget_text(column, b))}, {text_of(margin_text(column, b))} "
                     f"({text_of(b.test)})"
                 )
         if row.candidate.error:

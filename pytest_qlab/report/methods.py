@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pytest_qlab.errors import QlabError
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.registry import find_method, method_names
+from pytest_qlab.specs import DEFAULT_SPECS
 
 WIDTH = 88
 
 
-def describe_methods() -> str:
-    """Every registered method with its summary, needs and options; imports no torch.
+def describe_methods(configurations: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Every registered method with its summary, needs and options, then the named configurations.
 
-    A method of somebody else's that cannot be imported is listed with the reason.
+    Imports no torch. A method of somebody else's that cannot be imported is listed with the reason.
+
+    Args:
+        configurations: the tables `[tool.qlab.methods]` of pyproject.toml.
     """
     blocks = []
     for name in method_names():
@@ -24,11 +29,17 @@ def describe_methods() -> str:
             blocks.append(_describe(find_method(name)))
         except QlabError as error:
             blocks.append(f"{name}\n{_indented(f'not available: {error}')}")
+    for name, table in (configurations or {}).items():
+        options = ", ".join(f"{key}={_plain(value)}" for key, value in table.items())
+        told = f"configuration in [tool.qlab.methods.{name}]: {options}"
+        blocks.append(f"{name}\n{_indented(told)}")
     usage = (
         "Choose with --qlab-methods=NAME[:option=value]...,NAME...; globs, 'all' and '!NAME' work. "
         "Example: --qlab-methods=gptq:bits=3:group_size=64,awq"
     )
-    return "\n\n".join([*blocks, textwrap.fill(usage, WIDTH)]) + "\n"
+    default = f"Default: {','.join(DEFAULT_SPECS)}"
+    ends = [textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (usage, default)]
+    return "\n\n".join([*blocks, *ends]) + "\n"
 
 
 def _describe(method: type[Method]) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from pytest_qlab.report.columns import column_named, is_baseline
 from pytest_qlab.results import CandidateResult, LayerRow, Results
 
 SIZES = ("bits_per_weight", "compression_ratio", "size.bytes")
 QUALITIES = ("kl.mean", "log_perplexity_delta", "perplexity_delta")
-WIDTH, HEIGHT = 860, 430
+WIDTH, HEIGHT = 700, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 30, 18, 48
-CHARACTER = 6.5  # average width of the labels' font in pixels, measured generously
+CHARACTER = 7.2  # average width of the labels' font in pixels, measured generously
 MOST_STRIPS = 240  # beyond that many layers, one cell is a block
-SNR_STEPS = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0)
+REACHES = (11.0, 18.0, 26.0, 36.0, 48.0, 62.0, 78.0, 96.0, 116.0)  # of labels, in pixels
+SNR_STEPS = (8.0, 12.0, 16.0, 20.0, 24.0, 30.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def scatter(results: Results) -> str:
             if b.metric == up and b.budget > 0 and b.op.startswith("<")
         }
     )
-    pad = 0.08 * (max(xs) - min(xs)) or 0.5
+    pad = 0.1 * (max(xs) - min(xs)) or 0.5
     low, high = min(xs) - pad, max(xs) + 1.6 * pad
     ys = [p.y for p in points] + limits
     bottom, top = math.log10(min(ys)) - 0.12, math.log10(max(ys)) + 0.12
@@ -82,11 +83,12 @@ def scatter(results: Results) -> str:
     out += _front(points, xs, place_x, place_y, across)
     methods = list(dict.fromkeys(p.method for p in points))
     spots = [(place_x(x), place_y(p.y)) for x, p in zip(xs, points, strict=True)]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in spots]
     taken += [
         (WIDTH - RIGHT - 80, place_y(limit) - 15, WIDTH - RIGHT, place_y(limit) + 2)
         for limit in limits
     ]
+    taken += [(LEFT, place_y(v) - 3, WIDTH - RIGHT, place_y(v) + 3) for v in limits]
     labels: list[str] = []
     for point, (x, y) in zip(points, spots, strict=True):
         colour = f"c{methods.index(point.method) % 8}"
@@ -131,10 +133,13 @@ def _axes(results: Results) -> tuple[str, str, list[Point]] | None:
 
 
 def _front(
-    points: Sequence[Point], xs: Sequence[float], place_x: object, place_y: object, across: str
+    points: Sequence[Point],
+    xs: Sequence[float],
+    place_x: Callable[[float], float],
+    place_y: Callable[[float], float],
+    across: str,
 ) -> list[str]:
     """The line through the candidates that no other beats in both size and quality."""
-    assert callable(place_x) and callable(place_y)
     sign = -1 if across == "compression_ratio" else 1
     best, kept = math.inf, []
     for x, point in sorted(zip(xs, points, strict=True), key=lambda p: (sign * p[0], p[1].y)):
@@ -152,7 +157,7 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> list[str]:
     text = point.id if len(point.id) <= 40 else point.id[:38] + "…"
     wide = CHARACTER * (len(text) + (2 if point.failed else 0)) + 2
     best: tuple[float, Box, float] | None = None
-    for reach in (9, 22, 36, 52, 70, 90, 112):
+    for reach in REACHES:
         for angle in (0, 180, -30, 30, 210, 150, -60, 60, -90, 90, 240, 120):
             dx, dy = reach * math.cos(math.radians(angle)), reach * math.sin(math.radians(angle))
             left = x + dx if dx > 1 else x + dx - wide if dx < -1 else x - wide / 2
@@ -167,12 +172,14 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> list[str]:
     _, box, reach = best
     taken.append(box)
     out = []
-    if reach > 9:
-        end = min(max(x, box[0]), box[2])
+    if reach > REACHES[0]:
+        end = min(max(x, box[0] - 2), box[2] + 2)
         out.append(_line(x, y, end, (box[1] + box[3]) / 2, "leader"))
     mark = "✗ " if point.failed else ""
     style = "bad halo" if point.failed else "halo"
-    return [*out, _text(box[0] + 1, box[3] - 3, mark + text, style)]
+    if box[2] < x:
+        return [*out, _text(box[2], box[3] - 3, mark + text, style, "end")]
+    return [*out, _text(box[0], box[3] - 3, mark + text, style)]
 
 
 def _overlap(one: Box, other: Box) -> float:
@@ -205,7 +212,7 @@ def layer_strip(results: Results) -> str:
     names = list(dict.fromkeys(name for _, cells in rows for name in cells))
     label = min(210.0, 12 + CHARACTER * max(len(row.id) for row, _ in rows))
     cell = (WIDTH - label - 12) / len(names)
-    tall, head = 20, 22
+    tall, head = min(34, max(18, 290 // len(rows))), 22
     out: list[str] = []
     x = label
     for block, members in groupby(names, key=block_of):
@@ -218,7 +225,7 @@ def layer_strip(results: Results) -> str:
     for place, (row, cells) in enumerate(rows):
         y = head + place * tall
         shown = row.id if CHARACTER * len(row.id) <= label - 8 else row.id[:28] + "…"
-        out.append(_text(label - 8, y + 14, shown, "", "end"))
+        out.append(_text(label - 8, y + tall / 2 + 4, shown, "", "end"))
         for index, name in enumerate(names):
             value = cells.get(name)
             tip = f"{row.id}, {name}: " + ("not measured" if value is None else f"{value:.1f} dB")
@@ -274,15 +281,17 @@ def worst_layers(row: CandidateResult, count: int) -> list[LayerRow]:
 
 
 def _legend(x: float, y: float) -> list[str]:
-    texts = [f"< {SNR_STEPS[0]:g}", *(f"{low:g}" for low in SNR_STEPS[:-1]), f"≥ {SNR_STEPS[-1]:g}"]
+    texts = [
+        f"< {SNR_STEPS[0]:g}",
+        *(f"{low:g}-{high:g}" for low, high in pairwise(SNR_STEPS)),
+        f"≥ {SNR_STEPS[-1]:g}",
+    ]
     out = []
     for index, text in enumerate(texts):
-        left = x + index * 52
-        out.append(f'<rect class="h{index}" x="{left:.1f}" y="{y}" width="50" height="8"/>')
-        if 0 < index < len(texts) - 1:
-            text = f"{SNR_STEPS[index - 1]:g}-{SNR_STEPS[index]:g}"  # noqa: PLW2901
-        out.append(_text(left + 25, y + 21, text, "soft", "middle"))
-    return [*out, _text(x + len(texts) * 52 + 4, y + 21, "dB", "soft")]
+        left = x + index * 46
+        out.append(f'<rect class="h{index}" x="{left:.1f}" y="{y}" width="44" height="8"/>')
+        out.append(_text(left + 22, y + 21, text, "soft", "middle"))
+    return [*out, _text(x + len(texts) * 46 + 4, y + 21, "dB", "soft")]
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:

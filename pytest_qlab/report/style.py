@@ -18,20 +18,17 @@ DARK = """
 --h6:#3a8fa0;--h7:#3568b5;--none:#2a3038;
 """
 
-STYLE = (
-    """
-.qlab{%s
+_CLASSES = "".join(
+    f".qlab svg .h{i}{{fill:var(--h{i})}}.qlab svg .c{i}{{fill:var(--c{i});stroke:var(--c{i})}}"
+    for i in range(8)
+)
+_RULES = """
+.qlab{@LIGHT
 color-scheme:light;box-sizing:border-box;background:var(--bg);color:var(--text);
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 text-align:left;margin:0 0 24px;padding:0}
-"""
-    % LIGHT
-    + """
-@media (prefers-color-scheme:dark){.qlab-page .qlab{%s
+@media (prefers-color-scheme:dark){.qlab-page .qlab{@DARK
 color-scheme:dark}.qlab-page{background:#14171b}}
-"""
-    % DARK
-    + """
 .qlab *{box-sizing:border-box}
 .qlab h2,.qlab h3,.qlab p,.qlab dt,.qlab dd,.qlab caption{color:var(--text);font-family:inherit}
 .qlab h2{font-size:24px;line-height:1.25;margin:0 0 4px;font-weight:650;letter-spacing:-.01em}
@@ -77,18 +74,27 @@ text-align:left;padding:5px 10px 0}
 .qlab sup{line-height:0;font-size:.8em;color:var(--soft)}
 .qlab .sort{all:unset;cursor:pointer;display:inline;font:inherit;color:inherit}
 .qlab .sort:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.qlab .sort::after{content:"";display:inline-block;width:0;margin-left:4px;border:4px solid transparent;
-border-top-color:var(--line);vertical-align:-2px}
+.qlab thead th[data-c]{position:relative}
+.qlab table.main thead th.name{position:sticky}
+.qlab .sort::after{content:"";position:absolute;right:1px;bottom:11px;border:4px solid transparent;
+border-top-color:var(--line)}
 .qlab .sort:hover::after{border-top-color:var(--soft)}
-.qlab [aria-sort=ascending] .sort::after{border-color:transparent;border-bottom-color:var(--accent);
-vertical-align:2px}
+.qlab [aria-sort=ascending] .sort::after{border-color:transparent;
+border-bottom-color:var(--accent);bottom:14px}
 .qlab [aria-sort=descending] .sort::after{border-color:transparent;border-top-color:var(--accent)}
 .qlab .notes{margin:6px 0;padding:0;list-style:none;font-size:12.5px;color:var(--soft)}
 .qlab .notes li{margin:2px 0}
+.qlab .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(600px,100%),1fr));
+gap:0 24px;align-items:start}
+.qlab .sheets{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr));
+gap:0 16px;align-items:start}
+.qlab .sheets td.wrap{min-width:0}
+.qlab .problems{margin:4px 0 8px;padding:0 0 0 20px;font-size:14px}
 .qlab figure{margin:12px 0;padding:12px;border:1px solid var(--line);border-radius:8px;
 background:var(--bg);overflow-x:auto}
 .qlab figcaption{color:var(--soft);font-size:12.5px;margin-top:4px}
-.qlab svg{display:block;max-width:100%;height:auto;min-width:560px;font:11.5px system-ui,
+.qlab svg{display:block;width:100%;max-width:980px;height:auto;min-width:520px;
+font:11.5px system-ui,
 -apple-system,"Segoe UI",Roboto,Arial,sans-serif}
 .qlab svg text{fill:var(--text)}
 .qlab svg .soft{fill:var(--soft)}
@@ -98,22 +104,20 @@ background:var(--bg);overflow-x:auto}
 .qlab svg .limit{stroke:var(--bad);stroke-width:1.25;stroke-dasharray:7 4}
 .qlab svg .leader{stroke:var(--soft);stroke-width:.75}
 .qlab svg .halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px;stroke-linejoin:round}
-"""
-    + "".join(f".qlab svg .h{i}{{fill:var(--h{i})}}" for i in range(8))
-    + "".join(f".qlab svg .c{i}{{fill:var(--c{i});stroke:var(--c{i})}}" for i in range(8))
-    + """
+@CLASSES
 .qlab svg .hn{fill:var(--none)}
 .qlab details{margin:12px 0;border:1px solid var(--line);border-radius:8px;padding:8px 12px}
 .qlab summary{cursor:pointer;font-weight:600;color:var(--text)}
 .qlab pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.45 ui-monospace,SFMono-Regular,
-Menlo,Consolas,monospace;background:var(--card);color:var(--text);padding:8px 10px;border-radius:6px;
+Menlo,Consolas,monospace;background:var(--card);color:var(--text);
+padding:8px 10px;border-radius:6px;
 margin:6px 0;max-height:24em;overflow:auto}
 .qlab code{font:12px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .qlab .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);
 white-space:nowrap}
 .qlab-page{margin:0}
 .qlab-page .qlab{max-width:1480px;margin:0 auto;padding:28px 28px 48px}
-@media print{.qlab,.qlab-page .qlab{%s
+@media print{.qlab,.qlab-page .qlab{@LIGHT
 max-width:none;padding:0;font-size:10px;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .qlab table{font-size:9px}.qlab th,.qlab td{padding:3px 4px}.qlab .sub{font-size:8px}
 .qlab .scroll,.qlab figure{overflow:visible}.qlab .sort::after{display:none}
@@ -121,8 +125,7 @@ max-width:none;padding:0;font-size:10px;print-color-adjust:exact;-webkit-print-c
 .qlab figure,.qlab tr{break-inside:avoid}.qlab svg{min-width:0}
 .qlab details::details-content{content-visibility:visible;height:auto}}
 """
-    % LIGHT
-)
+STYLE = _RULES.replace("@LIGHT", LIGHT).replace("@DARK", DARK).replace("@CLASSES", _CLASSES)
 
 # Sorts by data-v: numbers as numbers; what is absent comes last in either direction.
 SCRIPT = """
@@ -139,9 +142,11 @@ document.querySelectorAll('.qlab table.sortable').forEach(function(table){
     while(head.firstChild)button.appendChild(head.firstChild);
     head.appendChild(button);
     button.addEventListener('click',function(){
-      var first=head.dataset.first||'ascending',other={ascending:'descending',descending:'ascending'};
+      var first=head.dataset.first||'ascending';
+      var other={ascending:'descending',descending:'ascending'};
       var way=head.getAttribute('aria-sort')?other[head.getAttribute('aria-sort')]:first;
-      table.querySelectorAll('thead th[data-c]').forEach(function(h){h.removeAttribute('aria-sort')});
+      table.querySelectorAll('thead th[aria-sort]').forEach(function(h){
+        h.removeAttribute('aria-sort')});
       head.setAttribute('aria-sort',way);
       var sign=way==='ascending'?1:-1,text=head.dataset.kind==='text';
       rows.slice().sort(function(a,b){

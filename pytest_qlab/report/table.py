@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pytest_qlab.report.columns import Column, columns_of, is_baseline, measure_of
 from pytest_qlab.results import Budget, CandidateResult, Measure, Results
 
-ABSENT = "–"  # noqa: RUF001 - the en dash is meant
+ABSENT = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,22 @@ def build_table(results: Results) -> Table:
     return Table(tuple(columns), tuple(rows))
 
 
+def _simulated(candidate: CandidateResult, column: Column, measure: Measure) -> bool:
+    """Whether the number is a time that is not the format's."""
+    timed = column.name.startswith("latency")
+    return measure.simulated or (candidate.simulated and timed)
+
+
 def _best(column: Column, candidates: Sequence[CandidateResult]) -> float | None:
-    """The value to mark; None where there is nothing to choose between."""
-    measures = [measure_of(row, column.name) for row in candidates if not is_baseline(row)]
-    values = [measure.value for measure in measures if measure is not None]
+    """The value to mark; None where there is nothing to choose between.
+
+    Simulated times take no part: they are no merit of the format.
+    """
+    values = []
+    for row in candidates:
+        measure = measure_of(row, column.name)
+        if measure is not None and not is_baseline(row) and not _simulated(row, column, measure):
+            values.append(measure.value)
     if not column.better or len(set(values)) < 2:
         return None
     return min(values) if column.better == "lower" else max(values)
@@ -90,8 +102,7 @@ def _cell(candidate: CandidateResult, column: Column, best: float | None) -> Cel
     measure = measure_of(candidate, column.name)
     if measure is None:
         return Cell(None, ABSENT, "", f"{column.name}: not measured", False, False, ())
-    timed = column.name.startswith("latency")
-    simulated = measure.simulated or (candidate.simulated and timed)
+    simulated = _simulated(candidate, column, measure)
     parts = [f"{column.name} = {measure.value:.6g}" + (f" {measure.unit}" if measure.unit else "")]
     if measure.lower is not None and measure.upper is not None:
         level = f"{100 * measure.confidence:g}% interval"
@@ -103,7 +114,7 @@ def _cell(candidate: CandidateResult, column: Column, best: float | None) -> Cel
     parts += [f"budget {budget_text(column, b)}: {margin_text(column, b)}" for b in budgets]
     if simulated:
         parts.append("simulated: no kernel runs the packed bits")
-    is_best = best is not None and measure.value == best
+    is_best = best is not None and measure.value == best and not simulated
     return Cell(
         measure.value,
         column.number(measure.value),
@@ -141,7 +152,7 @@ def budget_text(column: Column, budget: Budget) -> str:
 
 def margin_text(column: Column, budget: Budget) -> str:
     """How much is left, or by how much the value is over or short."""
-    amount = column.plain(abs(margin(budget))) + column.suffix
+    amount = column.amount(abs(margin(budget)))
     if budget.ok:
         return f"{amount} left"
     return f"{amount} short" if budget.op.startswith(">") else f"{amount} over"

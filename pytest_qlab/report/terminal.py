@@ -7,15 +7,15 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pytest_qlab.report.columns import Column
+from pytest_qlab.report.columns import TIMES, Column
 from pytest_qlab.report.describe import subject, work
-from pytest_qlab.report.table import Row, Table, budget_text, build_table, margin_text
+from pytest_qlab.report.table import ABSENT, Row, Table, budget_text, build_table, margin_text
 from pytest_qlab.results import Results
 
 NARROWEST = 20
 GAP = "  "
 ASCII = str.maketrans(
-    {"–": "-", "±": "+/-", "∞": "inf", "×": "x", "µ": "u", "Δ": "d", "…": "..", "≥": ">="}  # noqa: RUF001
+    {ABSENT: "-", TIMES: "x", "±": "+/-", "∞": "inf", "µ": "u", "Δ": "d", "…": "..", "≥": ">="}
 )
 
 

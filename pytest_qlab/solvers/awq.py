@@ -5,10 +5,10 @@ mit-han-lab/llm-awq (auto_scale.py, auto_clip.py); `duo_scaling` as casper-hanse
 the layer on cached inputs X for every candidate; here the same squared errors are read off the Gram
 matrix G = X^T X, since ||X D^T||^2 = tr(D G D^T): no forward pass, and no subsample of tokens.
 
-The error is that of the linears themselves, added up over those that share the input; the reference
-takes the output of the attention or MLP around them where several do. Grids are those of
-`solvers.grid`: their range always contains 0, whereas the reference's need not but its zero point is
-then clamped, which loses a group whose weights have all one sign.
+The error is that of the linears themselves, added up over those that share the input; where several
+do, the reference takes the output of the attention or MLP around them. Grids are those of
+`solvers.grid`, whose range always contains 0. The reference's need not, but its zero point is
+clamped, which spoils groups whose weights all have one sign.
 """
 
 from __future__ import annotations
@@ -136,8 +136,7 @@ def _candidate(mean_abs: Tensor, ratio: float, magnitude: Tensor | None) -> Tens
     if magnitude is not None:
         scale = scale / (magnitude ** (1 - ratio) + 1e-4)
     scale = scale.clamp(min=SMALLEST_SCALE)
-    # The square roots apart: their product overflows later than the product's square root.
-    scale = scale / (scale.max().sqrt() * scale.min().sqrt())
+    scale = scale / (scale.max() * scale.min()).sqrt()
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
 
 

@@ -4,12 +4,12 @@ Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023 (arXiv 2210.17323), Algori
 options of the reference code IST-DASLab/gptq (act-order, static groups). Minimizes
 tr((W - Q) H (W - Q)^T), H = X^T X of the layer's inputs X, damped.
 
-The paper needs U, the upper Cholesky factor of the inverse: U^T U = H^-1. Here H itself is factored
-from its last column backwards, H = R R^T with R upper triangular, so that U = R^-1 and any diagonal
-block of U is the inverse of that block of R. What the blocks before hand on to a block B, which the
-reference subtracts from all later columns at once, is then (W - Q)_<B R_<B,B U_BB: the same numbers
-with one Cholesky factorization, no n x n inverse, and the errors of the original weights as the only
-state (the form known as LDLQ: Chee et al., QuIP, arXiv 2307.13304, theorem 6).
+The paper needs U, the upper Cholesky factor of the inverse: U^T U = H^-1. Here H itself is
+factored, from its last column backwards: H = R R^T with R upper triangular. Then U = R^-1, and the
+block of U on the diagonal at columns B is the inverse of that block of R. What the columns before B
+contribute to B, which the reference subtracts from all later columns after every block, is then
+(W - Q)_<B R_<B,B U_BB: the same numbers from one Cholesky factorization, without the n x n inverse
+(the form known as LDLQ; Chee et al., QuIP, arXiv 2307.13304, prove the equivalence).
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from pytest_qlab.formats.affine import group_length
 from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped, nearest_codes
 
 SMALLEST_DAMP_STEP = 0.01
+
+
+class NotPositiveDefiniteError(ArithmeticError):
+    """A Gram matrix that cannot be factored, however it is damped."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def gptq_solve(
             for groups that are not static: see below.
 
     Raises:
-        torch.linalg.LinAlgError: H cannot be factored however it is damped.
+        NotPositiveDefiniteError: H cannot be factored however it is damped.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
     w, h = weight.to(work, copy=True), gram.to(work, copy=True)
@@ -146,9 +150,10 @@ def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
         if not failed:
             return lower.flip(0, 1), damp_percent
         damp_percent += step
-    raise torch.linalg.LinAlgError("the Gram matrix is not positive definite")
+    raise NotPositiveDefiniteError("the Gram matrix is not positive definite")
 
 
 def _inverse(upper: Tensor) -> Tensor:
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse

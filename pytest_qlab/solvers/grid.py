@@ -76,7 +76,9 @@ class GridRule:
             total = error.sum(-1)
             better = total < least
             least = torch.where(better, total, least)
-            best = Grid(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+            best = Grid(
+                *(torch.where(better, new, old) for new, old in zip(trial, best, strict=True))
+            )
         return best
 
     def resolved(self, weight: Tensor, group_size: int) -> GridRule:

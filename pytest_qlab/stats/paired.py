@@ -46,18 +46,21 @@ def cluster_index(documents: NDArray[Any]) -> IntArray:
     one stream, are cut into blocks of max(8, n^(1/3)) neighbours; fewer than two whole blocks stay
     one cluster, for which no interval is defined.
     """
-    _, index = np.unique(documents, return_inverse=True)
+    _, inverse = np.unique(documents, return_inverse=True)
+    index: IntArray = inverse.astype(np.int64)
     if index.size == 0 or index.max() > 0:
-        return index.astype(np.int64)
+        return index
     block = max(_SMALLEST_BLOCK, math.ceil(index.size ** (1 / 3)))
     blocks = index.size // block
     # The windows left over join the last block.
-    return np.minimum(np.arange(index.size) // block, max(blocks - 1, 0)).astype(np.int64)
+    numbers: IntArray = np.minimum(np.arange(index.size) // block, max(blocks - 1, 0))
+    return numbers
 
 
 def cluster_sums(values: NDArray[Any], clusters: IntArray) -> FloatArray:
     """Sums of the windows' values over each cluster, in float64."""
-    return np.bincount(clusters, weights=values.astype(np.float64))
+    sums: FloatArray = np.bincount(clusters, weights=values.astype(np.float64)).astype(np.float64)
+    return sums
 
 
 def standard_error(influence: NDArray[Any], clusters: IntArray) -> float | None:

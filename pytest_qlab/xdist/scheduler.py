@@ -163,7 +163,8 @@ class MethodScheduling:
             return False
         plan = self._read_plan()
         self.collection = collection
-        if all(plan.get(name, PlanEntry()).group is None for name in collection):
+        entries = [plan.get(name, PlanEntry()) for name in collection]
+        if all(entry.group is None and not entry.exclusive for entry in entries):
             return True
         self._fallback = None
         self._units, self._exclusive = make_units(collection, plan, self._durations)
@@ -195,16 +196,28 @@ class MethodScheduling:
             self._units.appendleft(ordinary)
 
     def _feed_all(self) -> None:
+        if self.collection is None:
+            return
+        # Back and forth, so that whoever gets the dearest unit gets the cheapest of its round.
+        order = self.nodes
+        while self._units and any(self._is_hungry(node) for node in order):
+            for node in order:
+                if self._units and self._is_hungry(node):
+                    self._send(node, self._units.popleft())
+            order.reverse()
         for node in self.nodes:
             self._feed(node)
 
+    def _is_hungry(self, node: WorkerController) -> bool:
+        """Whether the worker can take tests and holds too few to start one."""
+        return (
+            not node.shutting_down and node in self._collections and len(self._pending[node]) < 2
+        )
+
     def _feed(self, node: WorkerController) -> None:
-        if self.collection is None or node.shutting_down or node not in self._collections:
-            return
-        pending = self._pending[node]
-        while len(pending) < 2 and self._units:
+        while self._units and self._is_hungry(node):
             self._send(node, self._units.popleft())
-        if len(pending) >= 2:
+        if not self._is_hungry(node):
             return
         if not self._exclusive:
             node.shutdown()

@@ -94,7 +94,9 @@ def test_safetensors_reports_a_full_disk_too(tmp_path: Path) -> None:
         pass
 
     def build(directory: Path) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     with pytest.raises(StoreFullError):
         Store(tmp_path).get("kind", PARTS, build, read)

@@ -1,0 +1,74 @@
+"""Run a candidate over the evaluation windows and compare it with the base model, token by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qlab.errors import ModelError
+from pytest_qlab.forward import predict, targets_of
+from pytest_qlab.metrics.divergence import (
+    DenseHead,
+    HiddenComparison,
+    TokenComparison,
+    compare_hidden,
+    compare_logits,
+    compare_states,
+)
+from pytest_qlab.metrics.tokens import TokenArrays
+from pytest_qlab.models.head import Head, head_of
+from pytest_qlab.parallel import ordered_map
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.data.windows import Window
+    from pytest_qlab.lab import Lab
+
+
+def evaluate(lab: Lab, model: Any) -> TokenArrays:
+    """Per-token comparisons of `model` with the base model over the evaluation windows.
+
+    One forward pass for each window yields every fidelity measure; no [tokens, vocabulary] matrix
+    is made unless the model's logits cannot be computed from its hidden states.
+    """
+    windows = lab.eval_data.windows
+    base_head, head = lab.reference.head, head_of(model)
+    if head.exact != base_head.exact:
+        raise ModelError(
+            "The quantized model's logits are made from its hidden states in another way than the "
+            "base model's, so the two cannot be compared."
+        )
+    base_dense, dense = dense_head(base_head), dense_head(head)
+
+    def compare(
+        pair: tuple[Window, Tensor],
+    ) -> tuple[TokenComparison, HiddenComparison | None]:
+        window, expected = pair
+        found = predict(head, window)
+        expected = expected.to(found.device)
+        targets = targets_of(window).to(found.device)
+        if not head.exact:
+            return compare_logits(expected, found, targets), None
+        tokens = compare_hidden(expected, found, base_dense, dense, targets)
+        return tokens, compare_states(expected, found)
+
+    comparisons: list[TokenComparison] = []
+    states: list[HiddenComparison] = []
+    pairs = list(zip(windows, lab.reference.predictions(), strict=True))
+    with torch.inference_mode():
+        for number, (tokens, state) in enumerate(ordered_map(compare, pairs, lab.threads), 1):
+            comparisons.append(tokens)
+            if state is not None:
+                states.append(state)
+            if number % 16 == 0:
+                lab.progress(f"evaluating: window {number}/{len(windows)}")
+    lab.count_forwards(len(windows))
+    documents = [window.document for window in windows]
+    return TokenArrays.collect(comparisons, documents, states or None)
+
+
+def dense_head(head: Head) -> DenseHead:
+    """The head as the streaming comparison wants it."""
+    return DenseHead(head.weight, head.bias, head.scale, head.soft_cap)

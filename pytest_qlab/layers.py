@@ -1,0 +1,103 @@
+"""Which layers did it: the error of every quantized layer, in the original model's terms.
+
+A method may have scaled a layer's columns and rows before it was quantized. The scales are taken
+back here, so that all methods are compared on the same weights and the same calibration inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qlab.metrics.weights import WeightError, total, weight_error
+from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.checkpoint import Checkpoint
+    from pytest_qlab.lab import Lab
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One quantized layer.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: (out_features, in_features).
+        bits_per_weight: all that is stored for it.
+        snr_db: signal-to-noise ratio of its weights, dB.
+        cosine: between its weights before and after.
+        output_error: relative squared error of its output on the calibration inputs of the original
+            model; None where calibration did not reach it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    snr_db: float
+    cosine: float
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """All layers, and what they add up to."""
+
+    layers: tuple[LayerError, ...]
+    total: WeightError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"layers": [asdict(layer) for layer in self.layers], "total": asdict(self.total)}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> LayerErrors:
+        """The inverse of `to_dict`."""
+        layers = (
+            LayerError(**{**layer, "shape": tuple(layer["shape"])}) for layer in stored["layers"]
+        )
+        return cls(tuple(layers), WeightError(**stored["total"]))
+
+
+def original_terms(weight: Tensor, scales: dict[str, Tensor]) -> Tensor:
+    """A dequantized weight (m, n) as it acts on the original inputs and outputs.
+
+    A fold made W' = diag(1/row) W diag(column), so W = diag(row) W' diag(1/column).
+    """
+    if "column" in scales:
+        weight = weight / scales["column"]
+    if "row" in scales:
+        weight = weight * scales["row"][:, None]
+    return weight
+
+
+def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
+    """Compare every layer of a checkpoint with the base model's."""
+    statistics = lab.statistics(gram=True)
+    quantized, scales = checkpoint.layers(), checkpoint.scales()
+    layers: list[LayerError] = []
+    errors: list[WeightError] = []
+    for index, (name, block) in enumerate(decoder_blocks(lab.base_model)):
+        known = statistics(index)
+        for site in quantizable_linears(block, name):
+            packed = quantized[site.name].weight
+            found = weight_error(
+                site.weight(),
+                original_terms(packed.dequantize(), scales.get(site.name, {})),
+                known[site.name].gram,
+                name=site.name,
+            )
+            errors.append(found)
+            layers.append(
+                LayerError(
+                    name=site.name,
+                    shape=packed.shape,
+                    bits_per_weight=packed.bits_per_weight,
+                    snr_db=found.snr_db,
+                    cosine=found.cosine,
+                    output_error=found.relative_output_error,
+                )
+            )
+    return LayerErrors(tuple(layers), total(errors))

@@ -1,0 +1,80 @@
+"""What layer-wise methods check before they start: options, weights, statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
+
+from pytest_qlab.errors import MethodError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.calibration.statistics import LayerStatistics
+
+SMALLEST_GROUP = 8
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and value < SMALLEST_GROUP:
+        raise ValueError(
+            f"a group has at least {SMALLEST_GROUP} columns, usually 32, 64 or 128; "
+            "-1 makes the whole row one group"
+        )
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]
+"""Columns that share a scale; -1 for the whole row. A row's last group may be shorter."""
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Refuse a weight that is no matrix of finite numbers.
+
+    Raises:
+        MethodError: it is empty, not two-dimensional, or holds NaN or infinity.
+    """
+    if weight.dim() != 2 or not weight.numel():
+        raise MethodError(
+            f"The weight of {name or 'a layer'} has the shape {tuple(weight.shape)}; a linear "
+            "layer's weight has the shape (out_features, in_features), both at least 1."
+        )
+    if not bool(weight.isfinite().all()):
+        raise MethodError(
+            f"The weight of {name or 'a layer'} contains NaN or infinite values, so it cannot be "
+            "quantized. Check the checkpoint: it may be damaged, or its training has diverged."
+        )
+
+
+def check_statistics(
+    statistics: LayerStatistics | None, weight: Tensor, name: str, method: str, *, gram: bool
+) -> LayerStatistics:
+    """The calibration statistics, which must be there, fit the weight and be finite.
+
+    Raises:
+        MethodError: they are missing, of another size, or hold NaN or infinity.
+    """
+    layer = name or "a layer"
+    if statistics is None or (gram and statistics.gram is None):
+        what = "the Gram matrix of the inputs" if gram else "the range of the inputs"
+        raise MethodError(
+            f"The method {method!r} needs {what} of {layer}, which calibration did not collect. "
+            "Run it through a Lab with calibration text."
+        )
+    columns = weight.shape[1]
+    needed = [statistics.minimum, statistics.maximum, statistics.mean_abs]
+    if gram and statistics.gram is not None:
+        needed.append(statistics.gram)
+    if any(tensor.shape[-1] != columns for tensor in needed):
+        raise MethodError(
+            f"The calibration statistics of {layer} are for {needed[0].shape[-1]} input channels, "
+            f"its weight has {columns}. They belong to another layer or model."
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in needed):
+        raise MethodError(
+            f"The calibration inputs of {layer} contain NaN or infinite values, which "
+            f"{method!r} cannot use. Run the model in float32 (--qlab-dtype=float32) and see that "
+            "its own outputs are finite."
+        )
+    return statistics

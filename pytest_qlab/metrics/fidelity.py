@@ -1,0 +1,398 @@
+"""How far a candidate's predictions are from the base model's, with intervals.
+
+All measures come from the same per-token arrays. Documents are the clusters: means weight windows
+by their scored tokens and get cluster-robust intervals, quantiles a bootstrap over documents. What
+compares candidate and baseline is paired, token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pytest_qlab.errors import MetricError, did_you_mean
+from pytest_qlab.estimate import Estimate
+from pytest_qlab.metrics.tokens import TokenArrays
+from pytest_qlab.stats.bootstrap import clustered_quantiles
+from pytest_qlab.stats.intervals import clopper_pearson
+from pytest_qlab.stats.paired import (
+    Spread,
+    cluster_index,
+    log_ratio,
+    mean_influence,
+    spread,
+    token_mean,
+)
+
+SNR_CAP_DB = 200.0
+"""What the SNR of an exact copy is reported as; no SNR is more, nor less than its negative."""
+
+
+@dataclass(frozen=True)
+class KlEstimates:
+    """KL(base || candidate) over scored tokens, nats; `max` has no interval."""
+
+    mean: Estimate
+    median: Estimate
+    p99: Estimate
+    max: Estimate
+
+
+class Fidelity:
+    """Measures of one candidate on one evaluation set.
+
+    Args:
+        tokens: the comparisons.
+        domains: of each document, by its number.
+        candidate: id of the candidate. convention: how windows were cut, such as `spread512`.
+        name: of the evaluation set.
+        seed: of the bootstrap.
+        domain: the domain that the tokens are restricted to; becomes part of metric names, such as
+            `kl.mean[code]`.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenArrays,
+        *,
+        domains: Sequence[str],
+        candidate: str = "",
+        convention: str = "",
+        name: str = "",
+        seed: int = 0,
+        domain: str = "",
+    ) -> None:
+        if int(tokens.document.max()) >= len(domains):
+            raise ValueError(f"document {int(tokens.document.max())} has no domain")
+        self.tokens, self.candidate, self.convention = tokens, candidate, convention
+        self.name, self.seed, self.domain_name = name, seed, domain
+        self._domains = tuple(domains)
+        self._clusters = cluster_index(tokens.windows["document"])
+
+    @property
+    def windows(self) -> NDArray[np.void]:
+        """Sums per window, of dtype `WINDOW_SUMS`: all that gates on means need."""
+        return self.tokens.windows
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything measured, as plain tensors."""
+        return self.tokens.to_tensors()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        domains: Sequence[str],
+        candidate: str = "",
+        convention: str = "",
+        name: str = "",
+        seed: int = 0,
+    ) -> Self:
+        """The inverse of `to_tensors`; the other arguments as for the constructor."""
+        return cls(
+            TokenArrays.from_tensors(tensors),
+            domains=domains,
+            candidate=candidate,
+            convention=convention,
+            name=name,
+            seed=seed,
+        )
+
+    # --- single measures -------------------------------------------------------------------
+
+    @cached_property
+    def perplexity(self) -> Estimate:
+        """exp of the candidate's mean negative log-likelihood; the interval is not paired."""
+        return self._perplexity("perplexity", self._spreads["nll"])
+
+    @cached_property
+    def base_perplexity(self) -> Estimate:
+        """exp of the baseline's mean negative log-likelihood; the interval is not paired."""
+        return self._perplexity("base_perplexity", self._spreads["base_nll"])
+
+    @cached_property
+    def log_perplexity_delta(self) -> Estimate:
+        """ln(candidate's perplexity / baseline's), nats: the paired mean of the token losses."""
+        return self._estimate("log_perplexity_delta", self._spreads["delta"], unit="nats")
+
+    @cached_property
+    def perplexity_ratio(self) -> Estimate:
+        """Candidate's perplexity / baseline's, paired."""
+        found = self._spreads["delta"]
+        return self._make(
+            "perplexity_ratio",
+            self._exp(found.value),
+            None if found.lower is None else math.exp(found.lower),
+            _exp_or_none(found.upper),
+        )
+
+    @cached_property
+    def perplexity_delta(self) -> Estimate:
+        """Candidate's perplexity - baseline's; the paired interval by the delta method."""
+        base = self._exp(self._spreads["base_nll"].value)
+        ours = self._exp(self._spreads["nll"].value)
+        rows = self.windows
+        influence = ours * mean_influence(rows["candidate_nll"], rows["tokens"])
+        influence -= base * mean_influence(rows["base_nll"], rows["tokens"])
+        value = base * math.expm1(self._spreads["delta"].value)
+        return self._estimate("perplexity_delta", spread(value, influence, self._clusters))
+
+    @cached_property
+    def kl(self) -> KlEstimates:
+        """KL(base || candidate) per token."""
+        mean = self._spreads["kl"]
+        lower = None if mean.lower is None else max(0.0, mean.lower)
+        median, p99 = clustered_quantiles(
+            self.tokens.kl, self._token_clusters, (0.5, 0.99), seed=self.seed
+        )
+        tail = int(self.windows["kl_tail"].sum())
+        largest = f"{tail:,} of {self._n:,} tokens above 1 nat"
+        return KlEstimates(
+            self._make("kl.mean", mean.value, lower, mean.upper, unit="nats"),
+            self._make("kl.median", median.value, median.lower, median.upper, unit="nats"),
+            self._make("kl.p99", p99.value, p99.lower, p99.upper, unit="nats"),
+            self._make("kl.max", float(self.tokens.kl.max()), unit="nats", extra=largest),
+        )
+
+    @cached_property
+    def top1_agreement(self) -> Estimate:
+        """Share of tokens for which both models find the same token most likely.
+
+        The interval is cluster-robust, within 0 and 1. Where all tokens agree (or none does) there
+        is no variance to see, and it is Clopper and Pearson's; an exact copy agrees by
+        construction, and its interval has no width.
+        """
+        found = self._spreads["agree"]
+        agreeing = int(self.windows["agree"].sum())
+        lower, upper = found.lower, found.upper
+        if self.tokens.identical:
+            lower = upper = 1.0
+        elif agreeing in (0, self._n):
+            lower, upper = clopper_pearson(agreeing, self._n)
+        elif lower is not None and upper is not None:
+            lower, upper = max(0.0, lower), min(1.0, upper)
+        return self._make(
+            "top1_agreement", found.value, lower, upper, extra=f"{agreeing:,} tokens agree"
+        )
+
+    @cached_property
+    def hidden_snr_db(self) -> Estimate:
+        """10 log10(sum h^2 / sum (h - h')^2) over final hidden states; 200 dB at most.
+
+        200 dB is the documented value for an exact copy, whose SNR is infinite.
+        """
+        self._need_hidden("snr_db")
+        rows = self.windows
+        signal, error = rows["hidden_signal"], rows["hidden_error"]
+        if error.sum() == 0 or signal.sum() == 0:
+            limit = SNR_CAP_DB if error.sum() == 0 else -SNR_CAP_DB
+            return self._make("snr_db", limit, limit, limit, unit="dB")
+        found = log_ratio(signal, error, self._clusters)
+        lower = None if found.lower is None else _decibels(found.lower)
+        upper = None if found.upper is None else _decibels(found.upper)
+        return self._make("snr_db", _decibels(found.value), lower, upper, unit="dB")
+
+    @cached_property
+    def hidden_cosine(self) -> Estimate:
+        """Mean over tokens of the cosine between final hidden states."""
+        self._need_hidden("cosine")
+        found = self._spreads["cosine"]
+        upper = None if found.upper is None else min(1.0, found.upper)
+        return self._make("cosine", found.value, found.lower, upper)
+
+    # --- all of them -----------------------------------------------------------------------
+
+    def estimates(self, *, by_domain: bool = True) -> dict[str, Estimate]:
+        """All measures by dotted name; those of a domain as `kl.mean[code]`.
+
+        Domains are left out where there is only one. Hidden-state measures are left out where
+        hidden states were not compared.
+        """
+        found = [
+            self.perplexity,
+            self.base_perplexity,
+            self.perplexity_delta,
+            self.log_perplexity_delta,
+            self.perplexity_ratio,
+            self.kl.mean,
+            self.kl.median,
+            self.kl.p99,
+            self.kl.max,
+            self.top1_agreement,
+        ]
+        if self.tokens.has_hidden:
+            found += [self.hidden_snr_db, self.hidden_cosine]
+        named = {estimate.metric: estimate for estimate in found}
+        if by_domain and len(self.domains) > 1:
+            for domain in self.domains:
+                named.update(self.domain(domain).estimates(by_domain=False))
+        return named
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that have scored tokens, in the order of their documents."""
+        present = np.unique(self.windows["document"])
+        return tuple(dict.fromkeys(self._domains[number] for number in present))
+
+    def domain(self, name: str) -> Fidelity:
+        """The same measures on the documents of one domain.
+
+        Raises:
+            MetricError: no scored token belongs to it.
+        """
+        if name not in self._restricted:
+            members = [number for number, domain in enumerate(self._domains) if domain == name]
+            tokens = self.tokens.of_documents(members)
+            if tokens is None:
+                raise MetricError(
+                    f"No scored token belongs to a domain {name!r}."
+                    f"{did_you_mean(name, self.domains)}"
+                )
+            self._restricted[name] = Fidelity(
+                tokens,
+                domains=self._domains,
+                candidate=self.candidate,
+                convention=self.convention,
+                name=self.name,
+                seed=self.seed,
+                domain=name,
+            )
+        return self._restricted[name]
+
+    def design_effect(self, metric: str) -> float | None:
+        """Squared standard error of a mean over that of independent tokens.
+
+        None where an interval is not defined: with a single document of few windows.
+
+        Args:
+            metric: one of perplexity, log_perplexity_delta, kl.mean, top1_agreement,
+                cosine.
+
+        Raises:
+            MetricError: the metric is not a mean over tokens.
+        """
+        name = _MEANS.get(metric)
+        if name is None:
+            raise MetricError(
+                f"There is no design effect of {metric!r}: it is defined for means over tokens."
+                f"{did_you_mean(metric, _MEANS)}"
+            )
+        if name == "cosine":
+            self._need_hidden(metric)
+        return self._spreads[name].design_effect
+
+    # --- parts -----------------------------------------------------------------------------
+
+    @cached_property
+    def _restricted(self) -> dict[str, Fidelity]:
+        return {}
+
+    @cached_property
+    def _spreads(self) -> dict[str, Spread]:
+        rows = self.windows
+        columns = {
+            "nll": ("candidate_nll", "candidate_nll_squared"),
+            "base_nll": ("base_nll", "base_nll_squared"),
+            "delta": ("delta", "delta_squared"),
+            "kl": ("kl", "kl_squared"),
+            "agree": ("agree", "agree"),  # 0 and 1 are their own squares
+        }
+        if self.tokens.has_hidden:
+            columns["cosine"] = ("hidden_cosine", "hidden_cosine_squared")
+        return {
+            name: token_mean(rows[sums], rows["tokens"], self._clusters, squares=rows[squares])
+            for name, (sums, squares) in columns.items()
+        }
+
+    @cached_property
+    def _n(self) -> int:
+        return int(self.windows["tokens"].sum())
+
+    @cached_property
+    def _token_clusters(self) -> NDArray[np.int64]:
+        of_window = np.zeros(len(self.tokens.document), dtype=np.int64)
+        of_window[self.windows["window"]] = self._clusters
+        return of_window[self.tokens.window]
+
+    @cached_property
+    def _detail(self) -> str:
+        base, ours = self._spreads["base_nll"].value, self._spreads["nll"].value
+        where = " ".join(part for part in (self.domain_name, self.name) if part)
+        return (
+            f"perplexity {self._exp(base):.4g} -> {self._exp(ours):.4g} on "
+            f"{where or 'the evaluation set'} ({len(self.windows):,} windows, {self._n:,} tokens)"
+        )
+
+    def _perplexity(self, metric: str, found: Spread) -> Estimate:
+        lower = None if found.lower is None else math.exp(found.lower)
+        return self._make(metric, self._exp(found.value), lower, _exp_or_none(found.upper))
+
+    def _exp(self, mean_nll: float) -> float:
+        value = _exp_or_none(mean_nll)
+        if value is None:
+            raise MetricError(
+                f"The perplexity of {self.candidate or 'the candidate'} overflows: its mean loss "
+                f"is {mean_nll:.4g} nats per token. The model is broken; check the quantized "
+                "layers or use more bits."
+            )
+        return value
+
+    def _estimate(self, metric: str, found: Spread, *, unit: str = "") -> Estimate:
+        return self._make(metric, found.value, found.lower, found.upper, unit=unit)
+
+    def _make(
+        self,
+        metric: str,
+        value: float,
+        lower: float | None = None,
+        upper: float | None = None,
+        *,
+        unit: str = "",
+        extra: str = "",
+    ) -> Estimate:
+        details: dict[str, Any] = {
+            "candidate": self.candidate,
+            "n": self._n,
+            "clusters": int(self._clusters.max()) + 1,
+            "convention": self.convention,
+            "detail": f"{self._detail}; {extra}" if extra else self._detail,
+        }
+        suffix = f"[{self.domain_name}]" if self.domain_name else ""
+        return Estimate(
+            value, metric=f"{metric}{suffix}", lower=lower, upper=upper, unit=unit, **details
+        )
+
+    def _need_hidden(self, metric: str) -> None:
+        if not self.tokens.has_hidden:
+            raise MetricError(
+                f"{metric} needs final hidden states, but this evaluation compared whole logits, "
+                "because the model's head could not be run by hand. Use kl.mean instead."
+            )
+
+
+_MEANS = {
+    "perplexity": "nll",
+    "base_perplexity": "base_nll",
+    "log_perplexity_delta": "delta",
+    "perplexity_ratio": "delta",
+    "kl.mean": "kl",
+    "top1_agreement": "agree",
+    "cosine": "cosine",
+}
+
+
+def _decibels(log_ratio_of_powers: float) -> float:
+    return min(SNR_CAP_DB, max(-SNR_CAP_DB, log_ratio_of_powers * 10 / math.log(10)))
+
+
+def _exp_or_none(value: float | None) -> float | None:
+    """exp, or None for an unbounded interval or a number that overflows."""
+    return None if value is None or value > 700 else math.exp(value)

@@ -1,0 +1,188 @@
+"""The hooks of pytest-qlab, and nothing else; no heavy import happens here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from pytest_qlab.controller import Controller
+from pytest_qlab.errors import QlabError
+from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
+from pytest_qlab.explain import explain_comparison
+from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the plugin's names)
+    _qlab_default,
+    base_model,
+    baseline,
+    calibration,
+    eval_data,
+    qlab,
+    quantized,
+    tokenizer,
+)
+from pytest_qlab.options import (
+    add_options,
+    available_cores,
+    check_flags,
+    explicitly_set,
+    on_command_line,
+    read_settings,
+)
+from pytest_qlab.parametrize import parametrize, refuse_mistakes
+from pytest_qlab.payload import COMPARISONS, attach, plain_properties
+from pytest_qlab.session import RUN, Run, run_of
+from pytest_qlab.xdist.plan import make_plan, write_plan
+
+MARKERS = (
+    "qlab(methods=[...], exclusive=False): run a test of `quantized` for some methods only; "
+    "exclusive=True lets no other test run at the same time",
+    "qlab_exclusive: no other test may run at the same time as this one",
+)
+_USER_DIST = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> None:
+    check_flags(parser, args)
+    # What the user said, before xdist fills in its own default.
+    options = early_config.known_args_namespace
+    given = "load" if getattr(options, "distload", False) else getattr(options, "dist", "no")
+    early_config.stash[_USER_DIST] = given
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.getoption("--qlab-list-methods"):
+        return None
+    from pytest_qlab.report.methods import describe_methods
+
+    text = describe_methods()
+    for name, table in read_settings(config).configurations.items():
+        options = ", ".join(f"{key}={value}" for key, value in table.items())
+        text += f"\n{name}\n  [tool.qlab.methods.{name}] {options}\n"
+    sys.stdout.write(text)
+    return 0
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int | None, int | None]:
+    found = yield
+    if found is None or os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return found
+    # Only if this run is plainly about methods: other tests may well use more workers.
+    if not on_command_line(config, "methods"):
+        return found
+    run = Run(config)
+    bounds = {"cores": found, "methods": len(run.specs)}
+    if on_command_line(config, "threads"):
+        bounds["threads"] = max(1, available_cores() // run.settings.threads)
+    return min(bounds.values())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    run = Run(config)
+    config.stash[RUN] = run
+    if not run.is_worker:
+        run.validate()
+        run.user_dist = config.stash.get(_USER_DIST, "no")
+        config.pluginmanager.register(Controller(run), "qlab-controller")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    run = config.stash.get(RUN, None)
+    if run is not None:
+        run.close()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not (explicitly_set(config) or config.get_verbosity() > 0):
+        return None
+    settings = run_of(config).settings
+    methods = ",".join(settings.methods) or "default"
+    return f"qlab: model={settings.model} methods={methods} store={settings.store}"
+
+
+# Collection
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize(metafunc)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    if not run_of(config).is_worker:
+        refuse_mistakes(run_of(config))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    run = run_of(session.config)
+    plan = make_plan(session.items)
+    if any(entry.group is not None or entry.exclusive for entry in plan.values()):
+        run.plan = plan
+        if run.is_worker:
+            # Before xdist reports the collection, upon which the controller reads the plan.
+            write_plan(plan, run.directory, run.worker)
+
+
+# Running
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    run = run_of(item.config)
+    comparisons: list[Comparison] = []
+    item.stash[COMPARISONS] = comparisons
+    with run.alone_or_shared(run.plan.get(item.nodeid)), observe_comparisons(comparisons.append):
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash.get(COMPARISONS, []).clear()  # A plugin may run the test again.
+    if item.nodeid in run_of(item.config).plan:
+        # They keep the frames of the last failure alive, and with them its quantized model.
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            if hasattr(sys, name):
+                delattr(sys, name)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    raised = call.excinfo.value if call.excinfo is not None else None
+    error = raised if isinstance(raised, QlabError) else None
+    shown_in_full = item.config.getoption("fulltrace", False)
+    if error is not None and call.excinfo is not None and report.failed and not shown_in_full:
+        report.longrepr = call.excinfo.getrepr(style="value", chain=False)
+    try:
+        attach(run_of(item.config), item, report, error)
+    except Exception as problem:  # Results that are lost in silence would look like a pass.
+        report.outcome = "failed"
+        report.longrepr = (
+            "pytest-qlab could not collect what this test measured: "
+            f"{type(problem).__name__}: {problem}"
+        )
+    if run_of(item.config).is_worker:
+        plain_properties(report)
+    return report
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    if isinstance(left, Estimate) or isinstance(right, Estimate):
+        return explain_comparison(op, left, right)
+    return None

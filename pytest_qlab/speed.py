@@ -1,0 +1,210 @@
+"""Latency and memory of a candidate, measured on the model that runs its packed layers."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from pytest_qlab.errors import MetricError, NotMeasuredError
+from pytest_qlab.estimate import Estimate
+from pytest_qlab.kernels.linear import PackedLinear, set_materialized
+from pytest_qlab.machine import processor_name
+from pytest_qlab.metrics.latency import LatencyQuantiles, PairedLatency, measure_pair
+from pytest_qlab.metrics.memory import (
+    MemoryUse,
+    kv_bytes_per_token,
+    peak_temporary_bytes,
+    resident_bytes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from pytest_qlab.candidate import Candidate
+    from pytest_qlab.lab import Lab
+
+PREFILL_TOKENS = 128
+ROUNDS = 300
+MOST_SECONDS = 20.0
+LATENCY_VERSION = 1
+MEMORY_VERSION = 1
+
+
+class Quantiles:
+    """Latency of one model, in seconds."""
+
+    def __init__(self, found: LatencyQuantiles) -> None:
+        self._found = found
+
+    @property
+    def p50(self) -> Estimate:
+        """Median."""
+        return self._found.p50
+
+    @property
+    def p99(self) -> Estimate:
+        """99th percentile.
+
+        Raises:
+            MetricError: there are too few samples to bound it.
+        """
+        if self._found.p99 is None:
+            raise MetricError(
+                f"The 99th percentile of the latency was not measured: {self._found.p99_reason}."
+            )
+        return self._found.p99
+
+
+class Latency(Quantiles):
+    """Latency of a forward pass, paired with the base model's: `p50`, `p99`, `ratio`, `baseline`.
+
+    `ratio` is the candidate's median over the base model's, from rounds that time both in turn.
+    """
+
+    def __init__(self, paired: PairedLatency) -> None:
+        super().__init__(paired.candidate)
+        self.paired = paired
+        self.ratio = paired.ratio
+        self.baseline = Quantiles(paired.baseline)
+
+
+class Memory:
+    """Bytes: `resident` weights, `peak` of a forward pass, `kv_per_token`."""
+
+    def __init__(self, use: MemoryUse, candidate: str, *, simulated: bool) -> None:
+        self.estimates = use.estimates(candidate, simulated=simulated)
+        self.resident = self.estimates["memory.resident"]
+        self.peak = self.estimates["memory.peak"]
+
+    @property
+    def kv_per_token(self) -> Estimate:
+        """Bytes that one token adds to the key-value cache."""
+        return self.estimates["memory.kv_per_token"]
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """How many packed layers run on which kernel."""
+    return dict(Counter(m.kernel for m in model.modules() if isinstance(m, PackedLinear)))
+
+
+def wanted_kernels(model: nn.Module) -> list[str]:
+    """The kernels that would have to run for the latency to be the formats'."""
+    packed = (m for m in model.modules() if isinstance(m, PackedLinear))
+    return sorted({each.wanted_kernel for each in packed if each.simulated})
+
+
+def _prompt(lab: Lab, tokens: int) -> Tensor:
+    ids: list[int] = []
+    for window in lab.eval_data.windows:
+        ids += window.ids[len(ids) and 1 :]
+        if len(ids) >= tokens:
+            break
+    return torch.tensor([ids[:tokens]], device=lab.model.device)
+
+
+def _forward(model: Any, ids: Tensor) -> Callable[[], object]:
+    cuda = ids.device.type == "cuda"
+
+    def run() -> object:
+        with torch.inference_mode():
+            output = model(input_ids=ids, use_cache=False)
+            if cuda:
+                torch.cuda.synchronize(ids.device)
+        return output
+
+    return run
+
+
+def measure_latency(candidate: Candidate) -> PairedLatency:
+    """Time forward passes of the candidate and of the base model, in turn, alone on this machine.
+
+    Raises:
+        NotMeasuredError: the machine was disturbed, or the kernel is simulated and the policy is
+            to skip.
+        MetricError: the kernel is simulated and the policy is to fail.
+    """
+    lab = candidate.lab
+    wanted = wanted_kernels(candidate.model)
+    if wanted and lab.simulated_latency != "flag":
+        message = (
+            f"The latency of {candidate.id} is not a claim that can be made: its layers dequantize "
+            f"before they multiply. It would need {' and '.join(wanted)}. Pass "
+            "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
+        )
+        raise (NotMeasuredError if lab.simulated_latency == "skip" else MetricError)(message)
+    threads = 1
+    parts = {
+        "quantized": lab.quantized_identity(candidate.method),
+        "evaluation": lab.evaluation.identity,
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "code": LATENCY_VERSION,
+    }
+
+    def compute() -> dict[str, Any]:
+        ids = _prompt(lab, PREFILL_TOKENS)
+        set_materialized(candidate.model, False)
+        lab.store.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(lab.store.root / ".latency.lock"):
+            lab.progress(f"{candidate.id}: latency")
+            found = measure_pair(
+                _forward(lab.base_model, ids),
+                _forward(candidate.model, ids),
+                rounds=ROUNDS,
+                threads=threads,
+                max_seconds=MOST_SECONDS,
+                candidate_id=candidate.id,
+                convention=f"prefill{ids.shape[1]}",
+                simulated=bool(wanted),
+            )
+        lab.count_forwards(2 * len(found.rounds))
+        if found.disturbed:
+            raise NotMeasuredError(
+                f"The latency of {candidate.id} was not measured: another process held the CPU in "
+                f"{len(found.rounds) - len(found.quiet)} of {len(found.rounds)} rounds (this one "
+                f"got {found.cpu_share:.0%} of its {threads} thread), also when it was tried again. "
+                "Run on a quiet machine."
+            )
+        return found.to_dict()
+
+    return PairedLatency.from_dict(lab.store.json("latency", parts, compute))
+
+
+def measure_memory(candidate: Candidate) -> Memory:
+    """Count the weights that are resident, and what one forward pass over a window adds."""
+    lab = candidate.lab
+    parts = {
+        "quantized": lab.quantized_identity(candidate.method),
+        "evaluation": lab.evaluation.identity,
+        "code": MEMORY_VERSION,
+    }
+
+    def compute() -> dict[str, Any]:
+        model = candidate.model
+        set_materialized(model, False)
+        longest = max(len(window.ids) for window in lab.eval_data.windows)
+        ids = _prompt(lab, longest)
+        temporary = peak_temporary_bytes(_forward(model, ids), device=lab.model.device)
+        lab.count_forwards()
+        try:
+            kv = kv_bytes_per_token(model.config, next(model.parameters()).element_size())
+        except MetricError:
+            kv = None
+        return {
+            "resident": resident_bytes(model),
+            "temporary": temporary,
+            "kv_bytes_per_token": kv,
+            "convention": f"{lab.model.dtype}, forward of {ids.shape[1]} tokens",
+            "simulated": bool(wanted_kernels(model)),
+        }
+
+    stored = dict(lab.store.json("memory", parts, compute))
+    simulated = bool(stored.pop("simulated"))
+    return Memory(MemoryUse(**stored), candidate.id, simulated=simulated)

@@ -1,0 +1,75 @@
+"""Guards against runs that look green because something was lost; they live on the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+INTERNAL_ERROR = int(pytest.ExitCode.INTERNAL_ERROR)
+
+
+class Integrity:
+    """Counts tests scheduled and reported, and remembers internal errors of any process.
+
+    Args:
+        require_all: whether a skipped test of a candidate fails the run.
+    """
+
+    def __init__(self, *, require_all: bool = False) -> None:
+        self.require_all = require_all
+        self.problems: list[str] = []
+        self._broken = False
+        self._expected: set[str] = set()
+        self._candidates: set[str] = set()
+        self._reported: set[str] = set()
+        self._skipped: set[str] = set()
+
+    def expect(self, names: Iterable[str], candidates: Iterable[str]) -> None:
+        """Note the node ids that were scheduled, and which of them test candidates."""
+        self._expected.update(names)
+        self._candidates.update(candidates)
+
+    def internal_error(self) -> None:
+        """Note that a process of this run broke down inside pytest or a plugin."""
+        self._broken = True
+
+    def report(self, report: pytest.TestReport) -> None:
+        """Note that a test was heard of: it has ended, or its worker died."""
+        if report.when not in ("setup", "call"):
+            self._reported.add(report.nodeid)
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._skipped.add(report.nodeid)
+
+    def judge(self, session: pytest.Session) -> int:
+        """The exit status, which is never 0 where something was lost; fills `problems`."""
+        status = int(session.exitstatus)
+        stopped = bool(session.shouldstop or session.shouldfail) or status in (
+            int(pytest.ExitCode.INTERRUPTED),
+            int(pytest.ExitCode.USAGE_ERROR),
+        )
+        quiet = status in (int(pytest.ExitCode.OK), int(pytest.ExitCode.NO_TESTS_COLLECTED))
+        if self._broken:
+            self.problems.append(
+                "a process of this run ended with an internal error (see above), so results are "
+                "missing: the run counts as failed."
+            )
+            status = INTERNAL_ERROR
+        lost = sorted(self._expected - self._reported) if self._candidates else []
+        if lost and not stopped:
+            shown = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            self.problems.append(
+                f"{len(lost)} of {len(self._expected)} tests were scheduled but never reported, so "
+                f"the run counts as failed: {shown}"
+            )
+            if quiet:
+                status = INTERNAL_ERROR
+        skipped = sorted(self._skipped & self._candidates)
+        if skipped and self.require_all:
+            self.problems.append(
+                f"--qlab-require-all: {len(skipped)} tests of quantized models were skipped: "
+                f"{', '.join(skipped[:5])}{', ...' if len(skipped) > 5 else ''}"
+            )
+            if quiet:
+                status = int(pytest.ExitCode.TESTS_FAILED)
+        return status

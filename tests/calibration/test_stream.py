@@ -1,0 +1,161 @@
+"""Calibration follows the model: the same inputs as in whole forward passes, block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
+from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
+from pytest_qlab.calibration.stream import BlockStream, capture_calls, input_groups
+from pytest_qlab.errors import ModelError
+from pytest_qlab.models.experts import unfuse_experts
+from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
+from tests.architectures import ARCHITECTURES, VOCABULARY
+
+LENGTH = 12
+
+
+def sequences(count: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randint(3, VOCABULARY, (count, LENGTH), generator=generator)
+    return [list(map(int, row)) for row in drawn]
+
+
+def build(name: str) -> Any:
+    model = ARCHITECTURES[name]().eval()
+    unfuse_experts(model)
+    return model
+
+
+def inputs_by_hook(model: Any, ids: list[list[int]]) -> dict[str, list[Tensor]]:
+    """The inputs of every linear in plain forward passes: the oracle."""
+    found: dict[str, list[Tensor]] = {site.name: [] for site in all_linears(model)}
+    handles = [
+        site.module.register_forward_pre_hook(
+            lambda _module, args, name=site.name: found[name].append(
+                args[0].reshape(-1, args[0].shape[-1])
+            )
+        )
+        for site in all_linears(model)
+    ]
+    with torch.no_grad():
+        for each in ids:
+            model(input_ids=torch.tensor([each]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_statistics_are_those_of_whole_forwards(name: str, threads: int, tmp_path: Path) -> None:
+    model, ids = build(name), sequences()
+    forwards = write_statistics(
+        tmp_path, model, ids, gram=True, threads=threads, progress=lambda line: None
+    )
+    assert forwards == len(ids)
+    stored = StoredStatistics(tmp_path)
+    expected = inputs_by_hook(model, ids)
+    names = []
+    for index, (prefix, block) in enumerate(decoder_blocks(model)):
+        statistics = stored(index)
+        for site in quantizable_linears(block, prefix):
+            names.append(site.name)
+            seen = expected[site.name]
+            x = torch.cat(seen) if seen else torch.zeros(0, site.in_features)
+            found = statistics[site.name]
+            assert found.tokens == len(x)
+            assert found.gram is not None
+            torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-4, atol=1e-4)
+            if len(x):
+                torch.testing.assert_close(found.mean_abs, x.abs().mean(0), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found.minimum, x.amin(0), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found.maximum, x.amax(0), rtol=1e-4, atol=1e-5)
+    assert names == [site.name for site in all_linears(model)]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_advancing_through_all_blocks_is_the_model(name: str) -> None:
+    model, ids = build(name), sequences(2)
+    blocks = [block for _, block in decoder_blocks(model)]
+    outputs: list[Tensor] = []
+    handle = blocks[-1].register_forward_hook(
+        lambda _module, _args, output: outputs.append(
+            output if isinstance(output, Tensor) else output[0]
+        )
+    )
+    with torch.no_grad():
+        for each in ids:
+            model(input_ids=torch.tensor([each]), use_cache=False)
+    handle.remove()
+    stream = BlockStream(model, blocks, ids)
+    for index, block in enumerate(blocks):
+        stream.advance(index, block)
+    for found, expected in zip(stream._hidden, outputs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
+    model, ids = build("llama"), sequences(5)
+    found = []
+    for threads in (1, 3):
+        directory = tmp_path / str(threads)
+        directory.mkdir()
+        write_statistics(directory, model, ids, gram=True, threads=threads, progress=print)
+        found.append([path.read_bytes() for path in sorted(directory.iterdir())])
+    assert found[0] == found[1]
+
+
+def test_input_groups_of_a_llama_block() -> None:
+    model = build("llama")
+    (prefix, block), *_ = decoder_blocks(model)
+    sites = quantizable_linears(block, prefix)
+    call = capture_calls(model, [each for _, each in decoder_blocks(model)], sequences()[0])[0]
+    groups = {name.rpartition(".")[2]: n for name, n in input_groups(block, call, sites).items()}
+    assert groups["q_proj"] == groups["k_proj"] == groups["v_proj"] == 0
+    assert groups["gate_proj"] == groups["up_proj"] == 2
+    assert groups["o_proj"] == 1
+    assert groups["down_proj"] == 3
+
+
+def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 6, generator=generator)
+    scale = torch.rand(6, generator=generator) + 0.5
+    plain, scaled = Accumulator(6, gram=True), Accumulator(6, gram=True)
+    plain.add(x)
+    scaled.add(x / scale)
+    ours, expected = plain.result().rescaled(scale), scaled.result()
+    for field in ("minimum", "maximum", "mean_abs", "gram"):
+        torch.testing.assert_close(getattr(ours, field), getattr(expected, field))
+    again = LayerStatistics.from_tensors(ours.tensors())
+    assert again.tokens == 20
+    assert again.gram is not None
+
+
+def test_an_expert_without_tokens_has_zero_statistics() -> None:
+    accumulator = Accumulator(4, gram=True)
+    accumulator.add(torch.zeros(0, 4))
+    found = accumulator.result()
+    assert found.tokens == 0
+    assert torch.equal(found.mean_abs, torch.zeros(4))
+    assert torch.isfinite(found.minimum).all()
+
+
+def test_a_block_that_is_called_otherwise_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(2, 2)
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            return torch.as_tensor(self.block(input=torch.zeros(1, 2)))
+
+    odd = Odd()
+    with pytest.raises(ModelError, match="hidden_states"):
+        capture_calls(odd, [odd.block], [1, 2])

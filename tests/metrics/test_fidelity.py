@@ -1,0 +1,455 @@
+"""Fidelity against formulas written out in loops, exact copies, and a coverage simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pytest_qlab.errors import MetricError
+from pytest_qlab.metrics.divergence import HiddenComparison, TokenComparison
+from pytest_qlab.metrics.fidelity import Fidelity
+from pytest_qlab.metrics.tokens import TokenArrays
+from pytest_qlab.stats.distributions import t_quantile
+
+DOMAINS = ("prose", "code", "chat", "prose", "code", "chat")
+
+
+def synthetic(
+    seed: int = 0, *, documents: int = 6, windows: int = 3, tokens: int = 20, noise: float = 0.2
+) -> TokenArrays:
+    """Windows of unequal length in documents whose difficulty and damage vary."""
+    generator = np.random.default_rng(seed)
+    document = np.repeat(np.arange(documents, dtype=np.int32), windows)
+    lengths = generator.integers(tokens // 2, tokens + 1, document.size)
+    window = np.repeat(np.arange(document.size, dtype=np.int32), lengths)
+    n = window.size
+    damage = generator.gamma(2, 0.5, documents)[document[window]]
+    base = generator.gamma(2, 1, n).astype(np.float32)
+    delta = noise * damage * generator.normal(0.3, 1, n)
+    return TokenArrays(
+        base_nll=base,
+        candidate_nll=np.abs(base + delta).astype(np.float32),
+        kl=(noise**2 * damage * generator.gamma(0.5, 1, n)).astype(np.float32),
+        agree=generator.uniform(size=n) > 0.1 * damage,
+        window=window,
+        document=document,
+        hidden_signal=generator.gamma(4, 1, n).astype(np.float32),
+        hidden_error=(0.01 * damage * generator.gamma(4, 1, n)).astype(np.float32),
+        hidden_cosine=(1 - 0.01 * generator.uniform(size=n)).astype(np.float32),
+    )
+
+
+def fidelity(tokens: TokenArrays, **options: Any) -> Fidelity:
+    return Fidelity(
+        tokens, domains=DOMAINS, candidate="rtn-w4", convention="spread20", name="toy", **options
+    )
+
+
+def copy_of(tokens: TokenArrays) -> TokenArrays:
+    """What comparing the baseline with itself gives."""
+    n = tokens.base_nll.size
+    return TokenArrays(
+        base_nll=tokens.base_nll,
+        candidate_nll=tokens.base_nll.copy(),
+        kl=np.zeros(n, dtype=np.float32),
+        agree=np.ones(n, dtype=bool),
+        window=tokens.window,
+        document=tokens.document,
+        hidden_signal=tokens.hidden_signal,
+        hidden_error=np.zeros(n, dtype=np.float32),
+        hidden_cosine=np.ones(n, dtype=np.float32),
+    )
+
+
+def test_values_are_those_of_the_plain_formulas() -> None:
+    tokens = synthetic()
+    found = fidelity(tokens)
+    base, ours = tokens.base_nll.tolist(), tokens.candidate_nll.tolist()
+    n = len(base)
+    base_ppl, our_ppl = math.exp(math.fsum(base) / n), math.exp(math.fsum(ours) / n)
+    assert tokens.hidden_signal is not None
+    assert tokens.hidden_error is not None
+    signal, error = math.fsum(tokens.hidden_signal), math.fsum(tokens.hidden_error)
+    expected = {
+        "perplexity": our_ppl,
+        "base_perplexity": base_ppl,
+        "perplexity_delta": our_ppl - base_ppl,
+        "log_perplexity_delta": math.log(our_ppl / base_ppl),
+        "perplexity_ratio": our_ppl / base_ppl,
+        "kl.mean": math.fsum(tokens.kl) / n,
+        "kl.median": float(np.quantile(tokens.kl, 0.5, method="inverted_cdf")),
+        "kl.p99": float(np.quantile(tokens.kl, 0.99, method="inverted_cdf")),
+        "kl.max": float(tokens.kl.max()),
+        "top1_agreement": int(tokens.agree.sum()) / n,
+        "hidden.snr_db": 10 * math.log10(signal / error),
+        "hidden.cosine": math.fsum(tokens.hidden_cosine) / n,  # type: ignore[arg-type]
+    }
+    estimates = found.estimates(by_domain=False)
+    assert estimates.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(estimates[name]) == pytest.approx(value, rel=1e-9), name
+        assert estimates[name].metric == name
+        assert estimates[name].n == n
+        assert estimates[name].clusters == 6
+        assert estimates[name].candidate == "rtn-w4"
+        assert estimates[name].convention == "spread20"
+        assert estimates[name].confidence == 0.95
+
+
+def document_sums(tokens: TokenArrays, values: NDArray[Any]) -> list[float]:
+    """Sums over each document's tokens, in loops."""
+    sums = [0.0] * (int(tokens.document.max()) + 1)
+    for window, value in zip(tokens.window.tolist(), values.tolist(), strict=True):
+        sums[int(tokens.document[window])] += value
+    return sums
+
+
+def test_intervals_are_those_of_the_plain_formulas() -> None:
+    tokens = synthetic(1)
+    found = fidelity(tokens)
+    counts = document_sums(tokens, np.ones(tokens.kl.size))
+    base = document_sums(tokens, tokens.base_nll.astype(float))
+    ours = document_sums(tokens, tokens.candidate_nll.astype(float))
+    n, c = sum(counts), len(counts)
+    mean_base, mean_ours = sum(base) / n, sum(ours) / n
+    t = t_quantile(0.975, c - 1)
+
+    def half(influences: list[float]) -> float:
+        return t * math.sqrt(c / (c - 1) * sum(x * x for x in influences)) / n
+
+    paired = half(
+        [(o - b) - (mean_ours - mean_base) * k for o, b, k in zip(ours, base, counts, strict=True)]
+    )
+    assert found.log_perplexity_delta.upper == pytest.approx(mean_ours - mean_base + paired)
+    assert found.perplexity_ratio.lower == pytest.approx(math.exp(mean_ours - mean_base - paired))
+    alone = half([o - mean_ours * k for o, k in zip(ours, counts, strict=True)])
+    assert found.perplexity.upper == pytest.approx(math.exp(mean_ours + alone))
+    assert found.perplexity.lower == pytest.approx(math.exp(mean_ours - alone))
+    delta = half(
+        [
+            math.exp(mean_ours) * (o - mean_ours * k) - math.exp(mean_base) * (b - mean_base * k)
+            for o, b, k in zip(ours, base, counts, strict=True)
+        ]
+    )
+    middle = math.exp(mean_ours) - math.exp(mean_base)
+    assert found.perplexity_delta.lower == pytest.approx(middle - delta)
+    assert found.perplexity_delta.upper == pytest.approx(middle + delta)
+    assert tokens.hidden_signal is not None
+    assert tokens.hidden_error is not None
+    signal = document_sums(tokens, tokens.hidden_signal.astype(float))
+    error = document_sums(tokens, tokens.hidden_error.astype(float))
+    snr = half([n * (s / sum(signal) - e / sum(error)) for s, e in zip(signal, error, strict=True)])
+    assert found.hidden_snr_db.upper == pytest.approx(
+        float(found.hidden_snr_db) + 10 / math.log(10) * snr
+    )
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    found = fidelity(synthetic(2, noise=0.01))
+    paired, alone = found.perplexity_delta, found.perplexity
+    assert paired.upper is not None
+    assert paired.lower is not None
+    assert alone.upper is not None
+    assert alone.lower is not None
+    assert (paired.upper - paired.lower) < 0.1 * (alone.upper - alone.lower)
+
+
+def test_an_exact_copy_has_no_difference_and_no_doubt() -> None:
+    found = fidelity(copy_of(synthetic(3))).estimates()
+    for suffix in ("", "[code]"):
+        for name, value in {
+            "perplexity_delta": 0.0,
+            "log_perplexity_delta": 0.0,
+            "perplexity_ratio": 1.0,
+            "kl.mean": 0.0,
+            "kl.median": 0.0,
+            "kl.p99": 0.0,
+            "top1_agreement": 1.0,
+            "hidden.snr_db": 200.0,
+            "hidden.cosine": 1.0,
+        }.items():
+            estimate = found[name + suffix]
+            assert (float(estimate), estimate.lower, estimate.upper) == (value, value, value)
+    assert float(found["kl.max"]) == 0
+    assert found["perplexity"].lower != found["perplexity"].upper
+
+
+def test_agreement_on_all_tokens_without_being_a_copy_keeps_its_doubt() -> None:
+    tokens = synthetic(4)
+    tokens.agree[:] = True
+    n = tokens.agree.size
+    found = fidelity(tokens).top1_agreement
+    assert (float(found), found.upper) == (1.0, 1.0)
+    assert found.lower == pytest.approx(0.025 ** (1 / n))
+    tokens.agree[:] = False
+    found = fidelity(synthetic(4)).top1_agreement
+    assert 0 < float(found) < 1
+
+
+def test_bounds_stay_where_values_can_be() -> None:
+    found = fidelity(synthetic(5, documents=2, windows=1))
+    assert found.kl.mean.lower == 0.0
+    assert found.top1_agreement.upper == 1.0
+    assert found.hidden_cosine.upper is not None
+    assert found.hidden_cosine.upper <= 1.0
+
+
+def test_everything_is_plain_json_and_finite() -> None:
+    for tokens in (synthetic(), copy_of(synthetic()), synthetic(documents=1, windows=2)):
+        for estimate in fidelity(tokens).estimates().values():
+            json.dumps(estimate.to_dict(), allow_nan=False)
+            for key, value in estimate.to_dict().items():
+                assert type(value) in (float, int, str, bool, type(None)), key
+
+
+def test_a_single_short_document_gives_values_without_intervals() -> None:
+    found = fidelity(synthetic(documents=1))
+    for estimate in found.estimates().values():
+        assert (estimate.lower, estimate.upper) == (None, None)
+        assert estimate.clusters == 1
+    assert found.design_effect("kl.mean") is None
+
+
+def test_the_detail_tells_what_was_measured() -> None:
+    tokens = synthetic()
+    found = fidelity(tokens)
+    base, ours = found.base_perplexity, found.perplexity
+    line = f"perplexity {base:.4g} -> {ours:.4g} on toy (18 windows, {tokens.kl.size:,} tokens)"
+    assert found.perplexity_delta.detail == line
+    tail = int((tokens.kl > 1).sum())
+    assert found.kl.max.detail == f"{line}; {tail} of {tokens.kl.size:,} tokens above 1 nat"
+    assert " on code toy (6 windows" in found.domain("code").kl.mean.detail
+
+
+def test_domains_are_measured_apart() -> None:
+    tokens = synthetic(6)
+    found = fidelity(tokens)
+    assert found.domains == ("prose", "code", "chat")
+    of_code = np.isin(tokens.document[tokens.window], (1, 4))
+    code = found.domain("code").kl.mean
+    assert float(code) == pytest.approx(tokens.kl[of_code].astype(float).mean())
+    assert (code.metric, code.clusters, code.n) == ("kl.mean[code]", 2, int(of_code.sum()))
+    estimates = found.estimates()
+    assert estimates["kl.mean[code]"] is code
+    pooled = sum(
+        float(estimates[f"kl.mean[{d}]"]) * (estimates[f"kl.mean[{d}]"].n or 0)
+        for d in found.domains
+    )
+    assert pooled / tokens.kl.size == pytest.approx(float(estimates["kl.mean"]))
+    with pytest.raises(MetricError, match="domain 'cod'.*Did you mean 'code'"):
+        found.domain("cod")
+
+
+def test_one_domain_is_not_reported_twice() -> None:
+    found = Fidelity(synthetic(), domains=["only"] * 6)
+    assert not [name for name in found.estimates() if "[" in name]
+
+
+def test_stored_tensors_give_everything_back() -> None:
+    found = fidelity(synthetic(7))
+    again = Fidelity.from_tensors(
+        found.to_tensors(), domains=DOMAINS, candidate="rtn-w4", convention="spread20", name="toy"
+    )
+    assert {k: v.to_dict() for k, v in again.estimates().items()} == {
+        k: v.to_dict() for k, v in found.estimates().items()
+    }
+    assert np.array_equal(again.windows, found.windows)
+
+
+def test_tensors_of_another_version_are_refused() -> None:
+    tensors = fidelity(synthetic()).to_tensors()
+    with pytest.raises(MetricError, match="written by another version"):
+        Fidelity.from_tensors({**tensors, "more": tensors["kl"]}, domains=DOMAINS)
+    del tensors["kl"]
+    with pytest.raises(MetricError, match="written by another version"):
+        Fidelity.from_tensors(tensors, domains=DOMAINS)
+
+
+def test_window_sums_are_sums_over_windows() -> None:
+    tokens = synthetic(8)
+    row = fidelity(tokens).windows[4]
+    mine = tokens.window == 4
+    delta = tokens.candidate_nll[mine].astype(float) - tokens.base_nll[mine]
+    assert (row["window"], row["document"], row["tokens"]) == (4, 1, mine.sum())
+    assert row["delta"] == pytest.approx(delta.sum())
+    assert row["delta_squared"] == pytest.approx((delta**2).sum())
+    assert row["kl_squared"] == pytest.approx((tokens.kl[mine].astype(float) ** 2).sum())
+    assert row["kl_tail"] == (tokens.kl[mine] > 1).sum()
+    assert row["agree"] == tokens.agree[mine].sum()
+
+
+def test_windows_without_scored_tokens_do_not_count() -> None:
+    tokens = synthetic(9)
+    padded = TokenArrays(
+        **{
+            **{k: v for k, v in vars(tokens).items() if k != "windows"},
+            "document": np.append(tokens.document, np.int32(5)),
+        }
+    )
+    assert len(fidelity(padded).windows) == 18
+    assert float(fidelity(padded).kl.mean) == float(fidelity(tokens).kl.mean)
+
+
+def test_design_effect_of_damage_that_documents_share() -> None:
+    """Tokens that all have their document's divergence: the effect is the tokens per document."""
+    generator = np.random.default_rng(10)
+    documents, tokens = 200, 30
+    window = np.repeat(np.arange(documents, dtype=np.int32), tokens)
+    kl = generator.gamma(2, 1, documents)[window].astype(np.float32)
+    nll = np.ones(kl.size, dtype=np.float32)
+    arrays = TokenArrays(nll, nll, kl, np.ones(kl.size, bool), window, np.arange(documents))
+    found = Fidelity(arrays, domains=["d"] * documents)
+    assert found.design_effect("kl.mean") == pytest.approx(tokens, rel=0.01)
+    assert found.design_effect("log_perplexity_delta") == 1.0
+    with pytest.raises(MetricError, match="defined for means"):
+        found.design_effect("kl.p99")
+    with pytest.raises(MetricError, match="needs final hidden states"):
+        found.design_effect("hidden.cosine")
+
+
+def test_without_hidden_states_the_rest_is_there() -> None:
+    fields = {k: v for k, v in vars(synthetic()).items() if not k.startswith("hidden")}
+    found = fidelity(TokenArrays(**{k: v for k, v in fields.items() if k != "windows"}))
+    assert "hidden.snr_db" not in found.estimates()
+    assert "kl.mean[chat]" in found.estimates()
+    for measure in ("hidden_snr_db", "hidden_cosine"):
+        with pytest.raises(MetricError, match="needs final hidden states"):
+            getattr(found, measure)
+    assert Fidelity.from_tensors(found.to_tensors(), domains=DOMAINS).tokens.has_hidden is False
+
+
+def test_snr_is_capped_on_both_sides() -> None:
+    tokens = synthetic()
+    assert tokens.hidden_error is not None
+    assert tokens.hidden_signal is not None
+    tokens.hidden_error[:] = 1e-30
+    assert float(fidelity(tokens).hidden_snr_db) == 200
+    tokens.hidden_signal[:] = 0
+    assert float(fidelity(tokens).hidden_snr_db) == -200
+
+
+@pytest.mark.parametrize("name", ["base_nll", "candidate_nll", "kl", "hidden_cosine"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_single_bad_token_is_an_error(name: str, bad: float) -> None:
+    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
+    fields[name] = fields[name].copy()
+    place = int(np.flatnonzero(fields["window"] == 5)[0])
+    fields[name][place] = bad
+    total = fields[name].size
+    with pytest.raises(MetricError, match=f"{name} is NaN or infinite for 1 of {total}.*window 5"):
+        TokenArrays(**fields)
+
+
+def test_a_perplexity_that_overflows_is_an_error() -> None:
+    tokens = synthetic()
+    tokens.candidate_nll[:] = 800
+    with pytest.raises(MetricError, match="perplexity of rtn-w4 overflows"):
+        _ = fidelity(tokens).perplexity
+
+
+def test_arrays_must_fit_together() -> None:
+    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
+    with pytest.raises(ValueError, match="differ in length"):
+        TokenArrays(**{**fields, "kl": fields["kl"][1:]})
+    with pytest.raises(ValueError, match="no document"):
+        TokenArrays(**{**fields, "document": fields["document"][:-1]})
+    with pytest.raises(ValueError, match="all three arrays"):
+        TokenArrays(**{**fields, "hidden_error": None})
+    with pytest.raises(ValueError, match="document 5 has no domain"):
+        Fidelity(TokenArrays(**fields), domains=["a"])
+    with pytest.raises(MetricError, match="No token was scored"):
+        TokenArrays(**{k: v[:0] for k, v in fields.items()})
+
+
+def comparison(values: list[float]) -> TokenComparison:
+    found = torch.tensor(values)
+    return TokenComparison(found, found + 0.5, found * 0, found > 1, found, found)
+
+
+def test_windows_are_collected_in_order() -> None:
+    comparisons = [comparison([1.0, 2.0]), comparison([3.0])]
+    moved = [HiddenComparison(*[torch.ones(n)] * 3) for n in (2, 1)]
+    found = TokenArrays.collect(comparisons, [4, 2], moved)
+    assert found.base_nll.tolist() == [1, 2, 3]
+    assert found.agree.tolist() == [False, True, True]
+    assert found.window.tolist() == [0, 0, 1]
+    assert found.document.tolist() == [4, 2]
+    assert found.has_hidden
+    assert not TokenArrays.collect(comparisons, [4, 2]).has_hidden
+    with pytest.raises(ValueError, match="one document for each"):
+        TokenArrays.collect(comparisons, [4])
+    with pytest.raises(MetricError, match="No window"):
+        TokenArrays.collect([], [])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), shuffle=st.permutations(range(18)))
+def test_order_of_windows_and_numbers_of_documents_do_not_matter(
+    seed: int, shuffle: list[int]
+) -> None:
+    tokens = synthetic(seed)
+    renamed = np.random.default_rng(seed).permutation(6)
+    order = np.concatenate([np.flatnonzero(tokens.window == w) for w in shuffle])
+    lengths = [int((tokens.window == w).sum()) for w in shuffle]
+    fields = {k: v[order] for k, v in vars(tokens).items() if k not in ("windows", "document")}
+    fields["window"] = np.repeat(np.arange(18, dtype=np.int32), lengths)
+    fields["document"] = renamed[tokens.document[shuffle]].astype(np.int32)
+    domains = [DOMAINS[int(np.flatnonzero(renamed == d)[0])] for d in range(6)]
+    a, b = (
+        fidelity(tokens).estimates(),
+        Fidelity(TokenArrays(**fields), domains=domains).estimates(),
+    )
+    assert a.keys() == b.keys()
+    for name in a:
+        # The bootstrap orders documents by their sums, whose last bits depend on the order.
+        assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9), name
+        assert a[name].lower == pytest.approx(b[name].lower, rel=1e-6, abs=1e-12), name
+        assert a[name].upper == pytest.approx(b[name].upper, rel=1e-6, abs=1e-12), name
+
+
+def test_intervals_of_paired_measures_cover_the_truth() -> None:
+    """Documents share damage; the truth is a far larger sample of the same documents."""
+    truth = fidelity_of_many(0, 20_000)
+    resamples, covered = 400, dict.fromkeys(truth, 0)
+    for seed in range(1, resamples + 1):
+        sample = fidelity_of_many(seed, 40)
+        for name, estimate in sample.items():
+            assert estimate.lower is not None
+            assert estimate.upper is not None
+            covered[name] += estimate.lower <= float(truth[name]) <= estimate.upper
+    for name, count in covered.items():
+        assert 0.915 <= count / resamples <= 0.98, name
+
+
+def fidelity_of_many(seed: int, documents: int) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    tokens = 12
+    document = np.arange(documents, dtype=np.int32)
+    window = np.repeat(document, tokens)
+    difficulty = generator.normal(size=documents)[window]
+    damage = generator.gamma(4, 0.25, documents)[window]
+    base = (3 + 0.5 * difficulty + 0.5 * generator.normal(size=window.size)).astype(np.float32)
+    moved = 0.1 * damage * (1 + generator.normal(size=window.size))
+    arrays = TokenArrays(
+        base_nll=base,
+        candidate_nll=(base + moved).astype(np.float32),
+        kl=np.square(moved).astype(np.float32),
+        agree=generator.uniform(size=window.size) > 0.15 * damage,
+        window=window,
+        document=document,
+    )
+    found = Fidelity(arrays, domains=["d"] * documents)
+    return {
+        "perplexity": found.perplexity,
+        "perplexity_delta": found.perplexity_delta,
+        "log_perplexity_delta": found.log_perplexity_delta,
+        "top1_agreement": found.top1_agreement,
+    }
