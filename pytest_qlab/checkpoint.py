@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "qlab.json"
 SCALES_FILE = "scales.safetensors"
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Checkpoint:
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers, by name."""
         grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in load_file(self.directory / MODEL_FILE).items():
+        for key, tensor in _load(self.directory / MODEL_FILE).items():
             if key.startswith("layers."):
                 name, part, field = key.removeprefix("layers.").rsplit(".", 2)
                 grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
@@ -83,7 +84,7 @@ class Checkpoint:
 
     def others(self) -> dict[str, Tensor]:
         """All parameters that are not quantized, by name, in the dtype they are stored in."""
-        tensors = load_file(self.directory / MODEL_FILE)
+        tensors = _load(self.directory / MODEL_FILE)
         return {
             key.removeprefix("model."): tensor
             for key, tensor in tensors.items()
@@ -155,6 +156,16 @@ def layer_bytes(layer: QuantizedLayer) -> int:
     """Bytes of everything that is stored for a layer but its bias."""
     activation = {} if layer.activation is None else layer.activation.tensors()
     return layer.weight.nbytes + sum(tensor.nbytes for tensor in activation.values())
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, where they start at a multiple of 64 bytes, as torch allocates them.
+
+    Matrix products of memory that starts elsewhere may add in another order, and then even an exact
+    copy of a model does not give the same bits.
+    """
+    tensors = load_file(file)
+    return {key: t.clone() if t.data_ptr() % ALIGNMENT else t for key, t in tensors.items()}
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -26,12 +26,17 @@ class Controller:
         self._collector = Collector()
         self._integrity = Integrity(require_all=run.config.getoption("--qlab-require-all") or False)
         self._workers = 0
+        self._ran = False
 
     # Integrity and results
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        # Not reached by --fixtures and the like, and passed through by --collect-only.
+        self._ran = not self._run.config.getoption("collectonly")
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if not session.config.getoption("collectonly"):
-            self._expect([item.nodeid for item in session.items])
+        self._expect([item.nodeid for item in session.items])
 
     def pytest_internalerror(self) -> None:
         self._integrity.internal_error()
@@ -41,12 +46,16 @@ class Controller:
         self._collector.add(report)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int
+    ) -> Generator[None, Any, Any]:
         self._run.stop_following()
-        session.exitstatus = self._integrity.judge(session)
+        status = self._integrity.judge(session, int(exitstatus), ran=self._ran)
+        if status != exitstatus:
+            session.exitstatus = status
         if self._has_results():
             self._collector.results(self._run.plan, [spec.id for spec in self._run.specs])
-            self._collector.finish(self._run.settings, int(session.exitstatus), self._workers or 1)
+            self._collector.finish(self._run.settings, status, self._workers or 1)
             self._remember_durations()
         return (yield)
 
@@ -69,9 +78,7 @@ class Controller:
             prefix.append(section)
 
     def _has_results(self) -> bool:
-        if self._run.config.getoption("collectonly"):
-            return False
-        return any(entry.group is not None for entry in self._run.plan.values())
+        return self._ran and any(entry.group is not None for entry in self._run.plan.values())
 
     def _expect(self, names: Sequence[str]) -> None:
         plan = self._run.plan

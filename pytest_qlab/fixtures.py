@@ -46,10 +46,10 @@ def _qlab_default(pytestconfig: pytest.Config) -> Iterator[Lab]:
 @pytest.fixture(scope="session")
 def base_model(_qlab_default: Lab) -> Any:
     """The model before quantization: a transformers causal LM in evaluation mode.
+    Chosen with --qlab-model (default: the small model that ships with pytest-qlab).
 
-    Chosen with --qlab-model (default: the small model that ships with pytest-qlab). Override it
-    in your conftest.py to bring a model of your own, which every candidate is then made from; give
-    the override scope="session".
+    Override it in your conftest.py to bring a model of your own, which every candidate is then
+    made from; give the override scope="session".
     """
     return _qlab_default.base_model
 
@@ -62,32 +62,26 @@ def tokenizer(_qlab_default: Lab) -> Any:
 
 @pytest.fixture(scope="session")
 def eval_data(_qlab_default: Lab) -> WindowSet:
-    """The token windows that quality is measured on.
-
-    Chosen with --qlab-eval=NAME_OR_PATH[,...]. An override (scope="session") may return names,
-    paths, documents or finished windows.
+    """The token windows that quality is measured on, chosen with --qlab-eval=NAME_OR_PATH[,...].
+    An override (scope="session") may return names, paths, documents or finished windows.
     """
     return _qlab_default.eval_data
 
 
 @pytest.fixture(scope="session")
 def calibration(_qlab_default: Lab) -> CalibrationSet:
-    """The token sequences that methods calibrate on.
-
-    Chosen with --qlab-calibration=NAME_OR_PATH[,...]. An override (scope="session") may return
-    names, paths, documents or finished sequences.
+    """The token sequences that methods calibrate on: --qlab-calibration=NAME_OR_PATH[,...].
+    An override (scope="session") may return names, paths, documents or finished sequences.
     """
     return _qlab_default.calibration
 
 
 @pytest.fixture(scope="session")
 def qlab(request: pytest.FixtureRequest, _qlab_default: Lab) -> Iterator[Lab]:
-    """The Lab: one base model, evaluation set and calibration set, and candidates of them.
-
+    """The Lab: base model, evaluation and calibration set, and any candidate made of them.
+    Everything is computed when it is first asked for, and kept in the store.
         def test_three_bits(qlab):
             assert qlab.candidate("gptq:bits=3").kl.mean < qlab.candidate("rtn:bits=3").kl.mean
-
-    Everything is computed when it is first asked for and kept in the store.
     """
     chosen: tuple[Override, ...] | None = getattr(request, "param", None)
     if chosen is None:
@@ -111,14 +105,12 @@ def baseline(qlab: Lab) -> Candidate:
 
 @pytest.fixture(scope="session")
 def quantized(request: pytest.FixtureRequest, qlab: Lab) -> Iterator[Candidate]:
-    """The base model quantized by each method of --qlab-methods in turn.
-
+    """The base model quantized by each method of --qlab-methods in turn, one test for each.
+    @pytest.mark.qlab(methods=["gptq", "awq"]) restricts a test to some of them.
         def test_quality(quantized):
             assert quantized.perplexity_delta < 0.1
-
-    A test that asks for it runs once for each method. Its measures (perplexity, perplexity_delta,
-    kl, top1_agreement, compression_ratio, latency, ...) are computed when they are read, once for
-    all tests, workers and later runs. @pytest.mark.qlab(methods=["gptq", "awq"]) restricts a test.
+    Measures (perplexity, perplexity_delta, kl, top1_agreement, compression_ratio, latency, ...)
+    are computed when they are read, once for all tests, workers and later runs.
     """
     if not hasattr(request, "param"):
         raise SpecError(

@@ -246,7 +246,7 @@ def read_documents(
     given: str | Sequence[str] | Sequence[Document], *, split: str, text_key: str
 ) -> list[Document]:
     """Documents from names or paths (also several, separated by commas), or as they are given."""
-    names = [given] if isinstance(given, str) else list(given)
+    names: list[str | Document] = [given] if isinstance(given, str) else list(given)
     documents: list[Document] = []
     for each in names:
         if isinstance(each, Document):

@@ -217,12 +217,13 @@ class Lab:
         }
 
     def statistics(self, *, gram: bool) -> StoredStatistics:
-        """Statistics of the base model's activations on the calibration text."""
-        parts = {
-            **self.base_identity(),
-            "calibration": self.calibration_input.identity,
-            "gram": gram,
-        }
+        """Statistics of the base model's activations on the calibration text.
+
+        Without Gram matrices only if these are not wanted and not there already.
+        """
+        parts = {**self.base_identity(), "calibration": self.calibration_input.identity}
+        gram = gram or self.store.has("statistics", {**parts, "gram": True})
+        parts["gram"] = gram
 
         def build(directory: Path) -> None:
             forwards = write_statistics(

@@ -58,7 +58,7 @@ class Reference:
         directory = self._lab.store.get("reference", self.identity(), self._build, Path)
         joined = load_file(directory / PREDICTIONS)["predictions"]
         lengths = [len(window.ids) - window.first_scored for window in self._lab.eval_data.windows]
-        return list(joined.split(lengths))
+        return list(torch.split(joined, lengths))
 
     def _build(self, directory: Path) -> None:
         lab = self._lab

@@ -32,7 +32,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"a code outside of 0 .. {2**bits - 1} cannot be packed into {bits} bits")
     per_unit = 8 * unit // bits
     padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -count % per_unit))
-    words = (padded.view(rows, -1, per_unit) << _steps(per_unit, bits, codes)).sum(-1)
+    words = (padded.view(rows, -1, per_unit) << _steps(per_unit, bits, codes)).sum(
+        -1, dtype=torch.int32
+    )
     unpadded: Tensor = (words.unsqueeze(-1) >> _steps(unit, 8, codes)) & 255
     return unpadded.to(torch.uint8).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
 

@@ -130,7 +130,7 @@ class Fidelity:
         return self._make(
             "perplexity_ratio",
             self._exp(found.value),
-            None if found.lower is None else math.exp(found.lower),
+            _exp_or_none(found.lower),
             _exp_or_none(found.upper),
         )
 
@@ -332,8 +332,8 @@ class Fidelity:
         )
 
     def _perplexity(self, metric: str, found: Spread) -> Estimate:
-        lower = None if found.lower is None else math.exp(found.lower)
-        return self._make(metric, self._exp(found.value), lower, _exp_or_none(found.upper))
+        value = self._exp(found.value)
+        return self._make(metric, value, _exp_or_none(found.lower), _exp_or_none(found.upper))
 
     def _exp(self, mean_nll: float) -> float:
         value = _exp_or_none(mean_nll)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 
-from pytest_qlab.errors import MetricError
+from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.stats.bootstrap import median_ratio
 from pytest_qlab.stats.intervals import sample_quantile, samples_to_bound
@@ -76,8 +76,9 @@ class LatencyQuantiles:
 class PairedLatency:
     """Rounds of baseline and candidate, and what follows from them.
 
-    The raw rounds are always there. The properties that give estimates raise `MetricError` if the
-    measurement was disturbed, because such numbers must be neither passed nor failed.
+    The raw rounds are always there. The properties that give estimates raise
+    `NotMeasuredError` if the measurement was disturbed, because such numbers must be neither passed
+    nor failed.
     """
 
     rounds: tuple[Round, ...]
@@ -159,7 +160,7 @@ class PairedLatency:
 
     def _usable(self) -> tuple[Round, ...]:
         if self.disturbed:
-            raise MetricError(
+            raise NotMeasuredError(
                 f"Latency was not measured: in {len(self.rounds) - len(self.quiet)} of "
                 f"{len(self.rounds)} rounds another process held the CPU (this one got "
                 f"{self.cpu_share:.0%} of {self.threads} thread(s)), after {self.attempts} "

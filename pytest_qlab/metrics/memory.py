@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Bytes by the address of the storage object, which is its own while the object lives.
         self._created: dict[int, int] = {}
         self._known: dict[int, weakref.finalize[Any, Any]] = {}
+        self._depth = 0
 
     def __torch_dispatch__(
         self,
@@ -69,6 +70,11 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation, then take note of what it read and returned."""
         for tensor in _tensors((args, kwargs)):
             self._note(tensor, created=False)
+        with self:
+            # The parts of a composed operation allocate, too; inference mode sends it whole.
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs)):
             self._resized(tensor)
@@ -98,12 +104,20 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= self._created.pop(key, 0)
         self._known.pop(key, None)
 
+    def __enter__(self) -> Self:
+        """Count; entered again inside, for the parts of a composed operation."""
+        self._depth += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def __exit__(self, *exception: Any) -> None:
-        """Stop counting, and let go of every storage that is still alive."""
+        """Stop counting, and in the end let go of every storage that is still alive."""
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for finalizer in list(self._known.values()):
-            finalizer.detach()
-        self._known.clear()
+        self._depth -= 1
+        if self._depth == 0:
+            for finalizer in list(self._known.values()):
+                finalizer.detach()
+            self._known.clear()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,11 +24,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pytest_qlab.errors import ModelError, did_you_mean
+from pytest_qlab.models.digest import digest_of, digest_of_directory
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.source import (
     EMBEDDED,
     checkpoint_dtypes,
-    digest_of_directory,
     read_config,
     resolve,
 )
@@ -37,6 +36,7 @@ from pytest_qlab.models.source import (
 __all__ = [
     "EMBEDDED",
     "LoadedModel",
+    "context_length",
     "digest_of",
     "from_memory",
     "load_model",
@@ -176,6 +176,33 @@ def load_tokenizer(
     return _load_tokenizer(resolve(source, revision), source, trust_remote_code)
 
 
+def context_length(
+    source: str | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """The longest sequence a model takes, from its configuration; None where it has no limit.
+
+    Raises:
+        ModelError: there is no such model, or its configuration cannot be read.
+    """
+    if isinstance(source, PreTrainedModel):
+        config = source.config
+    else:
+        directory = resolve(source, revision)
+        _check_causal(read_config(directory, source), source, trust_remote_code)
+        with _quiet():
+            try:
+                config = AutoConfig.from_pretrained(
+                    directory, trust_remote_code=trust_remote_code, local_files_only=True
+                )
+            except Exception as error:  # whatever the configuration's code makes of a wrong file
+                raise ModelError(
+                    f"The config.json of the model {source!r} cannot be used: {_first_line(error)} "
+                    "Download or save the model again."
+                ) from error
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
 def model_digest(source: str, revision: str | None = None) -> str:
     """Hex SHA-256 of a model's configuration, tokenizer and weight files, without loading it.
 
@@ -183,31 +210,6 @@ def model_digest(source: str, revision: str | None = None) -> str:
         ModelError: there is no such model, or it has no configuration or weights.
     """
     return digest_of_directory(resolve(source, revision), source)
-
-
-def digest_of(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of a model in memory: configuration, every tensor, and the tokenizer.
-
-    Without a model (None), of the tokenizer alone.
-    """
-    digest = hashlib.sha256()
-    if model is not None:
-        config = model.config.to_dict()
-        for key in ("_name_or_path", "transformers_version", "dtype"):
-            config.pop(key, None)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        digest.update(str(backend.to_str()).encode())
-    else:
-        digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    digest.update(json.dumps(special, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,14 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pytest_qlab.errors import ModelError
-from pytest_qlab.store import file_digest
 
 EMBEDDED = "embedded"
 _EMBEDDED_DIRECTORY = Path(__file__).resolve().parent.parent / "embedded" / "model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-_HASHED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py", "*.safetensors", "*.bin")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -209,18 +205,3 @@ def _dtypes_in(path: Path) -> Iterator[tuple[str, torch.dtype]]:
             dtype = SAFETENSORS_DTYPES.get(tensors.get_slice(name).get_dtype())
             if dtype is not None:
                 yield name, dtype
-
-
-def digest_of_directory(directory: Path, source: str) -> str:
-    """Hex SHA-256 over configuration, tokenizer and weight files; README and the like left out."""
-    read_config(directory, source)
-    weights = set(weight_files(directory, source))
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _HASHED for path in directory.glob(pattern)}):
-        if path.suffix in (".safetensors", ".bin") and path not in weights:
-            continue
-        # In the Hub's cache large files are links to blobs that are named after their SHA-256.
-        blob = path.resolve().name
-        content = blob if _SHA256.fullmatch(blob) else file_digest(path)
-        digest.update(f"{path.name}\0{content}\n".encode())
-    return digest.hexdigest()

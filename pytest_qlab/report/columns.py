@@ -59,7 +59,7 @@ class Column:
             unit, factor = next((pair for pair in BINARY_UNITS if largest >= pair[1]), ("B", 1.0))
         elif self.kind == "seconds":
             unit, factor = next((pair for pair in TIME_UNITS if largest >= pair[1]), TIME_UNITS[-1])
-        decimals = self.digits - 1 - math.floor(math.log10(smallest / factor))
+        decimals = self.digits - 1 - math.floor(math.log10(max(smallest / factor, 1e-300)))
         if unit == "B":
             decimals = 0
         return replace(self, unit=unit, factor=factor, decimals=min(max(decimals, 0), self.most))

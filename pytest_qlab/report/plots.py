@@ -16,6 +16,7 @@ SIZES = ("bits_per_weight", "compression_ratio", "size.bytes")
 QUALITIES = ("kl.mean", "log_perplexity_delta", "perplexity_delta")
 WIDTH, HEIGHT = 700, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 30, 18, 48
+LARGEST = 1e15  # beyond it a broken candidate would flatten the plot
 CHARACTER = 7.2  # average width of the labels' font in pixels, measured generously
 MOST_STRIPS = 240  # beyond that many layers, one cell is a block
 REACHES = (11.0, 18.0, 26.0, 36.0, 48.0, 62.0, 78.0, 96.0, 116.0)  # of labels, in pixels
@@ -52,10 +53,11 @@ def scatter(results: Results) -> str:
             b.budget
             for row in results.candidates
             for b in row.budgets
-            if b.metric == up and b.budget > 0 and b.op.startswith("<")
+            if b.metric == up and b.op.startswith("<") and drawable(b.budget)
         }
     )
-    pad = 0.1 * (max(xs) - min(xs)) or 0.5
+    pad = max(0.1 * (max(xs) - min(xs)), 0.02 * max(map(abs, xs)))
+    pad = pad if pad > 1 / LARGEST else 0.5
     low, high = min(xs) - pad, max(xs) + 1.6 * pad
     ys = [p.y for p in points] + limits
     bottom, top = math.log10(min(ys)) - 0.12, math.log10(max(ys)) + 0.12
@@ -92,8 +94,9 @@ def scatter(results: Results) -> str:
     labels: list[str] = []
     for point, (x, y) in zip(points, spots, strict=True):
         colour = f"c{methods.index(point.method) % 8}"
-        if point.lower is not None and point.upper is not None and point.lower > 0:
-            whisker = _line(x, place_y(point.lower), x, place_y(point.upper), colour)
+        low_end, high_end = point.lower or 0.0, point.upper or 0.0
+        if 0 < low_end <= high_end:
+            whisker = _line(x, place_y(low_end), x, place_y(high_end), colour)
             out.append(whisker.replace("/>", ' stroke-width="1.5" opacity=".55"/>'))
         shape = _mark(methods.index(point.method), x, y, colour)
         tip = f"{point.id}: {across} {point.x:.4g}, {up} {point.y:.4g}"
@@ -113,6 +116,11 @@ def scatter(results: Results) -> str:
     return _svg("scatter", WIDTH, HEIGHT, title, f"Candidate, {across}, {up}: {told}", out)
 
 
+def drawable(value: float) -> bool:
+    """Whether the logarithmic axis can show the value beside ordinary ones."""
+    return 1 / LARGEST < value < LARGEST
+
+
 def _axes(results: Results) -> tuple[str, str, list[Point]] | None:
     """The first pair of measures that at least two candidates have."""
     for up in QUALITIES:
@@ -120,9 +128,9 @@ def _axes(results: Results) -> tuple[str, str, list[Point]] | None:
             points = []
             for row in results.candidates:
                 x, y = row.measures.get(across), row.measures.get(up)
-                if is_baseline(row) or x is None or y is None or y.value <= 0:
+                if is_baseline(row) or x is None or y is None or not drawable(y.value):
                     continue
-                if math.isfinite(x.value) and math.isfinite(y.value):
+                if abs(x.value) < LARGEST:
                     failed = any(b.metric == up and not b.ok for b in row.budgets)
                     points.append(
                         Point(row.id, row.method, x.value, y.value, y.lower, y.upper, failed)

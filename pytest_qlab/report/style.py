@@ -119,7 +119,10 @@ white-space:nowrap}
 .qlab-page .qlab{max-width:1480px;margin:0 auto;padding:28px 28px 48px}
 @media print{.qlab,.qlab-page .qlab{@LIGHT
 max-width:none;padding:0;font-size:10px;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.qlab table{font-size:9px}.qlab th,.qlab td{padding:3px 4px}.qlab .sub{font-size:8px}
+.qlab table{font-size:9px}.qlab th,.qlab td{padding:3px 4px}.qlab .sub,.qlab thead .unit,
+.qlab thead tr.groups th,.qlab caption{font-size:8px}
+.qlab p,.qlab .problems,.qlab .notes,.qlab figcaption,.qlab .facts{font-size:10px}
+.qlab h3{break-after:avoid}.qlab .plots{grid-template-columns:1fr 1fr}
 .qlab .scroll,.qlab figure{overflow:visible}.qlab .sort::after{display:none}
 .qlab table.main th.name{position:static}.qlab pre{max-height:none}
 .qlab figure,.qlab tr{break-inside:avoid}.qlab svg{min-width:0}

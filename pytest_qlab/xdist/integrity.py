@@ -41,9 +41,11 @@ class Integrity:
         if report.skipped and not hasattr(report, "wasxfail"):
             self._skipped.add(report.nodeid)
 
-    def judge(self, session: pytest.Session) -> int:
-        """The exit status, which is never 0 where something was lost; fills `problems`."""
-        status = int(session.exitstatus)
+    def judge(self, session: pytest.Session, status: int, *, ran: bool) -> int:
+        """The exit status, which is never 0 where something was lost; fills `problems`.
+
+        `status` is what pytest has found; `ran` says whether it got as far as running tests.
+        """
         stopped = bool(session.shouldstop or session.shouldfail) or status in (
             int(pytest.ExitCode.INTERRUPTED),
             int(pytest.ExitCode.USAGE_ERROR),
@@ -55,7 +57,7 @@ class Integrity:
                 "missing: the run counts as failed."
             )
             status = INTERNAL_ERROR
-        lost = sorted(self._expected - self._reported) if self._candidates else []
+        lost = sorted(self._expected - self._reported) if self._candidates and ran else []
         if lost and not stopped:
             shown = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
             self.problems.append(

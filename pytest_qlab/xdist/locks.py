@@ -29,50 +29,52 @@ class MachineLock:
     def __init__(self, directory: Path, on_wait: Callable[[str], None] | None = None) -> None:
         self._directory = directory
         self._on_wait = on_wait or (lambda line: None)
+        self._has_said = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold one slot. Does nothing inside a process whose parent test holds the lock."""
-        if os.environ.get(HELD):
-            yield
-            return
         with ExitStack() as held:
-            with self._gate():
-                held.enter_context(self._any_slot())
-            held.enter_context(_marked())
+            if self._begin():
+                with ExitStack() as passing:
+                    self._acquire("gate", passing)
+                    self._acquire_any_slot(held)
+                held.enter_context(_marked())
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold all slots, after every reader has let go of its own."""
+        with ExitStack() as held:
+            if self._begin():
+                self._acquire("gate", held)
+                for number in range(SLOTS):
+                    self._acquire(f"slot-{number}", held)
+                held.enter_context(_marked())
+            yield
+
+    def _begin(self) -> bool:
+        self._has_said = False
         if os.environ.get(HELD):
-            yield
-            return
-        with ExitStack() as held, self._gate():
-            for number in range(SLOTS):
-                held.enter_context(self._waiting(f"slot-{number}"))
-            held.enter_context(_marked())
-            yield
+            return False
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return True
 
-    def _gate(self) -> ExitStack:
-        return self._waiting("gate")
-
-    def _waiting(self, name: str) -> ExitStack:
-        """Acquire the named lock, saying so if that takes long."""
+    def _acquire(self, name: str, held: ExitStack) -> None:
+        """Acquire the named lock until `held` is left, saying so once if it takes long."""
         from filelock import FileLock, Timeout
 
-        self._directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._directory / f"{name}.lock")
         try:
             lock.acquire(timeout=1.0, poll_interval=0.02)
         except Timeout:
-            self._on_wait("waiting for tests of other processes on this machine")
+            if not self._has_said:
+                self._has_said = True
+                self._on_wait("waiting for tests of other processes on this machine")
             lock.acquire(poll_interval=0.1)
-        stack = ExitStack()
-        stack.callback(lock.release)
-        return stack
+        held.callback(lock.release)
 
-    def _any_slot(self) -> ExitStack:
+    def _acquire_any_slot(self, held: ExitStack) -> None:
         from filelock import FileLock, Timeout
 
         first = os.getpid() % SLOTS
@@ -83,9 +85,8 @@ class MachineLock:
                     lock.acquire(blocking=False)
                 except Timeout:
                     continue
-                stack = ExitStack()
-                stack.callback(lock.release)
-                return stack
+                held.callback(lock.release)
+                return
             time.sleep(0.1)
 
 

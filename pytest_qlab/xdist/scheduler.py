@@ -210,9 +210,7 @@ class MethodScheduling:
 
     def _is_hungry(self, node: WorkerController) -> bool:
         """Whether the worker can take tests and holds too few to start one."""
-        return (
-            not node.shutting_down and node in self._collections and len(self._pending[node]) < 2
-        )
+        return not node.shutting_down and node in self._collections and len(self._pending[node]) < 2
 
     def _feed(self, node: WorkerController) -> None:
         while self._units and self._is_hungry(node):

@@ -210,3 +210,18 @@ def test_an_expert_that_no_token_visits_blocks_the_norm_fold() -> None:
             return output
 
     assert _previous(Mixture()) == set()
+
+
+def test_all_experts_take_part_though_few_tokens_visit_few_of_them() -> None:
+    model = ARCHITECTURES["mixtral"]()
+    unfuse_experts(model)
+    name, block = decoder_blocks(model)[0]
+    run = block_runner(model, name, token_ids(1))
+    folds = discover_folds(block, run, quantizable_linears(block, name), name)
+    assert {fold.previous.removeprefix(f"{name}.") for fold in folds} == {*EXPECTED["mixtral"]}
+
+
+def test_a_fold_whose_effect_cannot_be_seen_is_not_accepted() -> None:
+    block = _Gated(smooth=True)
+    block.down.weight.data.zero_()
+    assert _previous(block) == set()

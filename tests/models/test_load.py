@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,25 @@ from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, PreTrainedModel, T5Config
 from transformers.utils import logging as transformers_logging
 
+from pytest_qlab.data.text import load_documents
+from pytest_qlab.data.windows import make_windows
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.load import (
+    context_length,
     digest_of,
     from_memory,
     load_model,
     load_tokenizer,
     model_digest,
 )
-from tests.architectures import ARCHITECTURES, character_tokenizer, llama, mixtral, token_ids
+from tests.architectures import (
+    ARCHITECTURES,
+    CONTEXT,
+    character_tokenizer,
+    llama,
+    mixtral,
+    token_ids,
+)
 
 
 def _save(model: PreTrainedModel, directory: Path) -> Path:
@@ -149,6 +160,32 @@ def test_the_tokenizer_loads_alone(saved: Path) -> None:
     assert load_tokenizer(str(saved)).encode("a") == character_tokenizer().encode("a")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_context_length_is_that_of_the_configuration(architecture: str) -> None:
+    assert context_length(ARCHITECTURES[architecture]()) == CONTEXT
+
+
+def test_the_context_length_is_known_without_loading(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    assert context_length(str(directory)) == CONTEXT
+    _edit_config(directory, model_type="frobnicator")
+    with pytest.raises(ModelError, match="'frobnicator'"):
+        context_length(str(directory))
+
+
+def test_the_embedded_model_predicts_the_embedded_text() -> None:
+    loaded = load_model("embedded")
+    assert set(loaded.storage_dtypes.values()) == {torch.bfloat16}
+    windows = make_windows(load_documents("embedded"), loaded.tokenizer, length=256, maximum=6)
+    losses = []
+    for window in windows.windows:
+        ids = torch.tensor([window.ids])
+        logits = loaded.model(ids).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]))
+    # An untrained model scores log(vocabulary), about 8.3 nats.
+    assert torch.stack(losses).mean() < 0.6 * math.log(loaded.model.config.vocab_size)
+
+
 # Bad input: each a ModelError that says what was given and what to do.
 
 
@@ -244,6 +281,22 @@ def test_damaged_safetensors(directory: Path, damage: str) -> None:
     path.write_bytes(damaged[damage])
     with pytest.raises(ModelError, match=r"model\.safetensors .* is damaged or incomplete"):
         load_model(str(directory))
+
+
+def test_weights_that_torch_saved(directory: Path) -> None:
+    expected = load_model(str(directory))
+    path = directory / "model.safetensors"
+    binary = directory / "pytorch_model.bin"
+    torch.save(load_file(path), binary)
+    path.unlink()
+    loaded = load_model(str(directory))
+    assert loaded.storage_dtypes == expected.storage_dtypes
+    ids = token_ids(8)
+    assert torch.equal(loaded.model(ids).logits, expected.model(ids).logits)
+    for content in (b"", b"no pickle", binary.read_bytes()[:1000]):
+        binary.write_bytes(content)
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin of the model"):
+            load_model(str(directory))
 
 
 def test_tensors_that_the_checkpoint_lacks(directory: Path) -> None:

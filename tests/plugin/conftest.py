@@ -22,7 +22,16 @@ LEAKING = (
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LEAKING:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:benchmark -p no:anyio")
+    # What else happens to be installed would triple the time that each inner run takes to start.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_qlab.plugin,xdist.plugin")
+
+
+@pytest.fixture
+def autoload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let inner runs load every plugin that is installed, ours by its entry point."""
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    monkeypatch.delenv("PYTEST_PLUGINS")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-CONFTEST = '''
+CONFTEST = """
 import os
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -132,7 +132,7 @@ def make_lab(run, **overrides):
 
 
 fixtures.make_lab = make_lab
-'''
+"""
 
 
 QUALITY = """
@@ -145,6 +145,12 @@ def notes_of(pytester: pytest.Pytester) -> list[str]:
     """What the fake lab noted, over all processes."""
     path = pytester.path / "notes.txt"
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def add_to_conftest(pytester: pytest.Pytester, text: str) -> None:
+    """Write more into the project's conftest.py."""
+    path = pytester.path / "conftest.py"
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n\n{text}", encoding="utf-8")
 
 
 def results_of(pytester: pytest.Pytester, name: str = "results.json") -> dict[str, Any]:

@@ -106,20 +106,21 @@ def test_coverage_of_the_median_of_clustered_tokens() -> None:
     """Documents shift their tokens by as much as tokens vary; the true median is 0."""
     generator = np.random.default_rng(8)
     resamples, covered, covered_by_tokens = 400, 0, 0
-    for _ in range(resamples):
+    for number in range(resamples):
         shift = generator.normal(size=(30, 1))
         values = (shift + generator.normal(size=(30, 12))).ravel()
         members = np.repeat(np.arange(30), 12)
         [robust] = clustered_quantiles(values, members, [0.5], replicates=400)
-        [naive] = clustered_quantiles(values, np.arange(360), [0.5], replicates=400)
         assert robust.lower is not None
         assert robust.upper is not None
-        assert naive.lower is not None
-        assert naive.upper is not None
         covered += robust.lower <= 0 <= robust.upper
-        covered_by_tokens += naive.lower <= 0 <= naive.upper
+        if number % 4 == 0:
+            [naive] = clustered_quantiles(values, np.arange(360), [0.5], replicates=200)
+            assert naive.lower is not None
+            assert naive.upper is not None
+            covered_by_tokens += naive.lower <= 0 <= naive.upper
     assert 0.92 <= covered / resamples <= 0.98
-    assert covered_by_tokens / resamples < 0.75
+    assert covered_by_tokens / (resamples / 4) < 0.75
 
 
 def test_median_ratio_cancels_what_pairs_share() -> None:
