@@ -24,7 +24,7 @@ class Controller:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._collector = Collector()
-        self._integrity = Integrity(require_all=run.config.getoption("--qlab-require-all") or False)
+        self._integrity = Integrity()
         self._workers = 0
         self._ran = False
 
@@ -50,6 +50,7 @@ class Controller:
         self, session: pytest.Session, exitstatus: int
     ) -> Generator[None, Any, Any]:
         self._run.stop_following()
+        self._integrity.require_all = self._has_results() and self._run.settings.require_all
         status = self._integrity.judge(session, int(exitstatus), ran=self._ran)
         if status != exitstatus:
             session.exitstatus = status

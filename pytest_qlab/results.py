@@ -21,7 +21,7 @@ Outcome = Literal["passed", "failed", "skipped", "error"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Measure(_Model):

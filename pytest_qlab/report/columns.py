@@ -220,7 +220,7 @@ KNOWN: tuple[Column, ...] = (
         rank=4,
     ),
     Column(
-        "bits_per_weight.model",
+        "model_bits_per_weight",
         "Bits per weight, model",
         "bits all",
         "stored bits per weight of the whole model, embeddings and head included",
@@ -244,7 +244,7 @@ KNOWN: tuple[Column, ...] = (
         rank=6,
     ),
     Column(
-        "size.bytes",
+        "size",
         "Size",
         "size",
         "stored bytes of the whole model",

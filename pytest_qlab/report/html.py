@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from html import escape
 
 from pytest_qlab.report.columns import TIMES, Column, column_named, is_baseline
-from pytest_qlab.report.describe import flat, outcome, subject, work
+from pytest_qlab.report.describe import outcome, subject
 from pytest_qlab.report.plots import is_aggregated, layer_strip, scatter, worst_layers
+from pytest_qlab.report.provenance import generator, render_provenance
 from pytest_qlab.report.style import SCRIPT, STYLE
 from pytest_qlab.report.table import (
     ABSENT,
@@ -44,7 +44,7 @@ def render_page(results: Results) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="generator" content="{escape(_generator(results))}">'
+        f'<meta name="generator" content="{escape(generator(results))}">'
         f"<title>{title}</title><style>{STYLE}</style></head>"
         f'<body class="qlab-page"><main>{_body(results)}</main>'
         f"<script>{SCRIPT}</script></body></html>\n"
@@ -66,12 +66,8 @@ def _body(results: Results) -> str:
     plots = _scatter(results) + _layers(results)
     parts.append(f'<div class="plots">{plots}</div>' if plots else "")
     parts += [_errors(results), _budgets(table, results), _worst(results), _rest(table)]
-    parts.append(_provenance(results))
+    parts.append(render_provenance(results))
     return f'<section class="qlab" aria-label="Quantization benchmark">{"".join(parts)}</section>'
-
-
-def _generator(results: Results) -> str:
-    return f"{results.generator} {results.version}".strip()
 
 
 def _head(results: Results) -> str:
@@ -390,62 +386,3 @@ def _rest(table: Table) -> str:
         f"<details><summary>{count} more measure{'' if count == 1 else 's'}</summary>"
         f"{_table(rest, 'more', 'Further measures of the same candidates.')}</details>"
     )
-
-
-def _provenance(results: Results) -> str:
-    sections: list[tuple[str, list[tuple[str, str]]]] = [
-        ("Model", list(flat(results.model))),
-        ("Evaluation", list(flat(results.evaluation))),
-        ("Calibration", list(flat(results.calibration))),
-        ("Environment", list(flat(results.environment))),
-        (
-            "Run",
-            [
-                ("generator", _generator(results)),
-                ("created", results.created or ABSENT),
-                ("work", work(results)),
-                ("exit status", str(results.exit_status)),
-                ("schema version", str(results.schema_version)),
-            ],
-        ),
-    ]
-    facts = "".join(_facts(label, rows) for label, rows in sections if rows)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row.id)}</th><td class="text">{escape(row.kernel) or ABSENT}'
-        f'</td><td class="text wrap">{_codes(row.keys)}</td>'
-        f'<td class="text">{_stages(row.seconds)}</td>'
-        f"<td>{sum(results.built.get(key, 0) for key in row.keys.values())}</td></tr>"
-        for row in results.candidates
-    )
-    head = "".join(
-        f'<th scope="col"{" class=name" if place < 4 else ""}>{label}</th>'
-        for place, label in enumerate(("Candidate", "Kernel", "Keys", "Seconds", "Built"))
-    )
-    artefacts = (
-        '<div class="scroll"><table><caption>Content keys of what was computed or read from the '
-        f"store.</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        if rows
-        else ""
-    )
-    return (
-        f'<details><summary>Provenance</summary><div class="sheets">{facts}</div>'
-        f"{artefacts}</details>"
-    )
-
-
-def _facts(label: str, rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td class="text wrap">{escape(value)}</td></tr>'
-        for key, value in rows
-    )
-    return (
-        f'<div class="scroll"><table><caption>{label}</caption><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _codes(keys: dict[str, str]) -> str:
-    return "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in keys.items()) or ABSENT
-
-
-def _stages(seconds: dict[str, float]) -> str:
-    return "<br>".join(f"{escape(k)}: {v:.2f}" for k, v in seconds.items()) or ABSENT

@@ -12,7 +12,7 @@ from itertools import groupby, pairwise
 from pytest_qlab.report.columns import column_named, is_baseline
 from pytest_qlab.results import CandidateResult, LayerRow, Results
 
-SIZES = ("bits_per_weight", "compression_ratio", "size.bytes")
+SIZES = ("bits_per_weight", "compression_ratio", "size")
 QUALITIES = ("kl.mean", "log_perplexity_delta", "perplexity_delta")
 WIDTH, HEIGHT = 700, 420
 LEFT, RIGHT, TOP, BOTTOM = 74, 30, 18, 48

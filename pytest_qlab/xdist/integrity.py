@@ -12,12 +12,13 @@ INTERNAL_ERROR = int(pytest.ExitCode.INTERNAL_ERROR)
 class Integrity:
     """Counts tests scheduled and reported, and remembers internal errors of any process.
 
-    Args:
+    Attributes:
         require_all: whether a skipped test of a candidate fails the run.
+        problems: what was found wrong, for the terminal.
     """
 
-    def __init__(self, *, require_all: bool = False) -> None:
-        self.require_all = require_all
+    def __init__(self) -> None:
+        self.require_all = False
         self.problems: list[str] = []
         self._broken = False
         self._expected: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def random_codes(rows: int, count: int, bits: int, seed: int) -> Tensor:
     return torch.randint(0, 2**bits, (rows, count), generator=generator, dtype=torch.uint8)
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from(WIDTHS),
     rows=st.integers(1, 4),

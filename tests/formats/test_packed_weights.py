@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -59,6 +59,7 @@ def reloaded(packed: PackedWeight, path: Path) -> tuple[PackedWeight, int]:
     return load_packed(metadata, load_file(path)), path.stat().st_size - 8 - header
 
 
+@settings(deadline=None)
 @given(
     shape=shapes,
     bits=st.sampled_from([2, 3, 4, 8]),

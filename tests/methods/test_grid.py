@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -90,6 +90,7 @@ def test_every_weight_goes_to_the_nearest_point_of_its_grid(bits: int, symmetric
             assert torch.allclose(found, distance.min(1).values, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(power=st.integers(-4, 8), bits=st.sampled_from(BITS), symmetric=st.booleans())
 def test_powers_of_two_scale_the_scales_and_keep_the_codes(
     power: int, bits: int, symmetric: bool

@@ -85,7 +85,7 @@ budgets = st.builds(
     budget=numbers,
     ok=st.booleans(),
 )
-keys = st.sampled_from(["kl.mean", "perplexity", "latency.p50", "size.bytes", "kl.mean[a]"]) | names
+keys = st.sampled_from(["kl.mean", "perplexity", "latency.p50", "size", "kl.mean[a]"]) | names
 candidates = st.builds(
     CandidateResult,
     id=names,
