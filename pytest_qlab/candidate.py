@@ -112,7 +112,9 @@ class Candidate:
             convention=lab.evaluation.convention,
             name=lab.evaluation.name,
         )
-        self._note(fidelity.estimates())
+        # The base model's perplexity is the same for all; its own row has it.
+        found = fidelity.estimates()
+        self._note({k: e for k, e in found.items() if not k.startswith("base_perplexity")})
         self._note(checkpoint.size.estimates(self.id))
         return fidelity
 

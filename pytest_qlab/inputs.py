@@ -16,6 +16,7 @@ from pytest_qlab.data.windows import WindowSet, calibration_sequences, make_wind
 from pytest_qlab.errors import DataError
 from pytest_qlab.models.load import (
     LoadedModel,
+    context_length,
     digest_of,
     from_memory,
     load_model,
@@ -114,6 +115,19 @@ class ModelInput:
         return self.loaded.tokenizer
 
     @cached_property
+    def context(self) -> int | None:
+        """The longest sequence that the model takes; None where it has no limit."""
+        if isinstance(self._given, str):
+            return context_length(
+                self._given, revision=self._revision, trust_remote_code=self._trust
+            )
+        return context_length(self.loaded.model)
+
+    def fitting(self, length: int) -> int:
+        """`length`, or the model's context where that is shorter."""
+        return length if self.context is None else min(length, self.context)
+
+    @cached_property
     def digest(self) -> str:
         """Hash of the weights, the configuration and the tokenizer."""
         own = "" if self._tokenizer is None else digest_of(None, self._tokenizer)
@@ -147,7 +161,7 @@ class EvaluationInput:
             return self._given.convention
         options = self._options
         if options.convention == "spread":
-            return f"spread{options.window_length}"
+            return f"spread{self._model.fitting(options.window_length)}"
         return options.convention
 
     @cached_property
@@ -166,9 +180,10 @@ class EvaluationInput:
             self.documents,
             self._model.tokenizer,
             convention=self._options.convention,
-            length=self._options.window_length,
+            length=self._model.fitting(self._options.window_length),
             maximum=self._options.max_windows,
             seed=self._options.seed,
+            model_length=self._model.context,
             name=self.name,
         )
 
@@ -221,7 +236,7 @@ class CalibrationInput:
         sequences = calibration_sequences(
             self.documents,
             self._model.tokenizer,
-            length=self._options.calibration_length,
+            length=self._model.fitting(self._options.calibration_length),
             maximum=self._options.calibration_sequences,
             seed=self._options.seed,
         )

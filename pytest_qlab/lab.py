@@ -175,7 +175,16 @@ class Lab:
     @property
     def calibration(self) -> CalibrationSet:
         """The calibration sequences."""
-        return self.calibration_input.set
+        found = self.calibration_input.set
+        self.store.json(
+            "calibration",
+            self._calibration_identity(),
+            lambda: {"sequences": len(found.sequences), "tokens": found.tokens},
+        )
+        return found
+
+    def _calibration_identity(self) -> dict[str, Any]:
+        return {"model": self.model.digest, "calibration": self.calibration_input.identity}
 
     @property
     def baseline(self) -> Candidate:
@@ -280,6 +289,10 @@ class Lab:
     def describe(self) -> dict[str, Any]:
         """Model, evaluation set, calibration set and environment, for the results document."""
         facts = self.reference.facts()
+        parts = self._calibration_identity()
+        sequences = {}
+        if self.store.has("calibration", parts):
+            sequences = self.store.json("calibration", parts, dict)
         return {
             "model": {"id": self.model.digest, "name": self.model.name, **facts.get("model", {})},
             "evaluation": {
@@ -291,6 +304,7 @@ class Lab:
             "calibration": {
                 "id": content_hash(self.calibration_input.identity),
                 "name": self.calibration_input.name,
+                **sequences,
             },
             "environment": self._environment,
         }

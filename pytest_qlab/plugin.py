@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_qlab.controller import Controller
-from pytest_qlab.errors import QlabError
+from pytest_qlab.errors import NotMeasuredError, QlabError
 from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
 from pytest_qlab.explain import explain_comparison
 from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the plugin's names)
@@ -169,6 +169,12 @@ def pytest_runtest_makereport(
     shown_in_full = item.config.getoption("fulltrace", False)
     if error is not None and call.excinfo is not None and report.failed and not shown_in_full:
         report.longrepr = call.excinfo.getrepr(style="value", chain=False)
+        if isinstance(error, NotMeasuredError):
+            # Neither a pass nor a failure; --qlab-require-all makes it one.
+            report.outcome = "skipped"
+            path, line, _ = item.location
+            report.longrepr = (path, (line or 0) + 1, f"Skipped: {error}")
+            error = None
     try:
         attach(run_of(item.config), item, report, error)
     except Exception as problem:  # Results that are lost in silence would look like a pass.

@@ -223,11 +223,10 @@ def train(args: argparse.Namespace) -> None:
         return (time.monotonic() - started) / 60
 
     def evaluate() -> dict[str, float]:
-        with weights(model, average):
-            values = {name: mean_loss(loss, rows) for name, rows in held.items()}
+        values = {name: mean_loss(loss, rows) for name, rows in held.items()}
         return {**values, "mean": sum(values.values()) / len(values)}
 
-    def save(values: dict[str, float]) -> None:
+    def save(values: dict[str, float], averaged: bool) -> None:
         state = {
             "model": model.state_dict(),
             "average": average,
@@ -241,6 +240,7 @@ def train(args: argparse.Namespace) -> None:
             "optimizer": args.optimizer,
             "seed": args.seed,
             "held_out": values,
+            "averaged": averaged,
         }
         save_checkpoint(checkpoint, state)
 
@@ -279,9 +279,13 @@ def train(args: argparse.Namespace) -> None:
             }
             seconds += now - last
             if step % args.eval_steps == 0 or finished():
-                values = evaluate()
-                save(values)
+                plain = evaluate()
+                with weights(model, average):
+                    values = evaluate()
+                row["held_out_plain"] = {name: round(v, 4) for name, v in plain.items()}
                 row["held_out"] = {name: round(v, 4) for name, v in values.items()}
+                averaged = values["mean"] <= plain["mean"]
+                save(values if averaged else plain, averaged)
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(json.dumps(row), flush=True)
@@ -289,7 +293,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights as a bf16 model directory, if better than what is there."""
+    """Write a bf16 model directory (averaged weights, if better), if better than what is there."""
     state: State = torch.load(args.out / "checkpoint.pt", weights_only=True)
     facts_path = args.to / "training_facts.json"
     mean = state["held_out"]["mean"]
@@ -300,9 +304,10 @@ def export(args: argparse.Namespace) -> None:
             return
     model = build_model(state["layers"])
     model.load_state_dict(state["model"])
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state["average"][name])
+    if state.get("averaged", True):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state["average"][name])
     corpus = args.corpus or args.out / "corpus"
     facts = {
         "steps": state["step"],
@@ -311,6 +316,7 @@ def export(args: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": state["optimizer"],
         "seed": state["seed"],
+        "averaged": state.get("averaged", True),
         "held_out_loss": {name: round(v, 4) for name, v in state["held_out"].items()},
         "corpus": json.loads((corpus / "corpus.json").read_text("utf-8")),
         "torch": torch.__version__,

@@ -22,7 +22,10 @@ _CLASSES = "".join(
     f".qlab svg .h{i}{{fill:var(--h{i})}}.qlab svg .c{i}{{fill:var(--c{i});stroke:var(--c{i})}}"
     for i in range(8)
 )
+# pytest-html opens with a tall table of the environment; the benchmark goes before it.
 _RULES = """
+body:has(> .summary .qlab){display:flex;flex-direction:column}
+body:has(> .summary .qlab)>:is(#environment-header,#environment){order:1;margin-top:12px}
 .qlab{@LIGHT
 color-scheme:light;box-sizing:border-box;background:var(--bg);color:var(--text);
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;

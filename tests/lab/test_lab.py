@@ -23,7 +23,7 @@ from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.models.structure import all_linears, decoder_blocks
 from pytest_qlab.solvers.gptq import gptq_solve
 from pytest_qlab.solvers.grid import GridRule
-from tests.architectures import ARCHITECTURES, token_ids
+from tests.architectures import ARCHITECTURES, CONTEXT, token_ids
 from tests.lab.tiny import tiny_lab
 
 METHODS = (
@@ -330,3 +330,22 @@ def test_fragment_is_plain_json(tmp_path: Path) -> None:
     )
     assert {"kl.mean", "size", "layer_error", "weights.snr_db"} <= set(fragment.measures)
     assert len(fragment.layers) == len(all_linears(lab.base_model))
+
+
+def test_windows_never_exceed_the_models_context(tmp_path: Path) -> None:
+    lab = tiny_lab(tmp_path, "gpt2", window_length=4096, calibration_length=4096)
+    assert lab.evaluation.convention == f"spread{CONTEXT}"
+    assert max(len(window.ids) for window in lab.eval_data.windows) <= CONTEXT
+    assert {len(ids) for ids in lab.calibration.sequences} == {CONTEXT}
+    assert lab.candidate("gptq").kl.mean > 0
+
+
+def test_describe_says_what_was_measured_on_what(tmp_path: Path) -> None:
+    lab = tiny_lab(tmp_path)
+    measures(lab, "gptq")
+    found = lab.describe()
+    assert found["evaluation"]["tokens"] == sum(w.scored for w in lab.eval_data.windows)
+    assert found["evaluation"]["windows"] == len(lab.eval_data.windows)
+    assert found["calibration"]["tokens"] == lab.calibration.tokens
+    assert found["model"]["parameters"] == sum(p.numel() for p in lab.base_model.parameters())
+    assert json.loads(json.dumps(found)) == found

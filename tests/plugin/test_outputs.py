@@ -237,3 +237,26 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.warns(pytest.PytestWarning, match=r"could not write .*x\.json"):
         collector.finish(settings, 0, 1)
+
+
+NOT_MEASURED = """
+    from pytest_qlab.errors import NotMeasuredError
+
+    def test_speed(quantized):
+        raise NotMeasuredError("another process held the CPU")
+"""
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+def test_what_could_not_be_measured_is_neither_passed_nor_failed(
+    project: pytest.Pytester, workers: str
+) -> None:
+    project.makepyfile(NOT_MEASURED)
+    result = run(project, "--qlab-methods=alpha", workers, "-rs")
+    result.assert_outcomes(skipped=1)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["*SKIPPED*another process held the CPU*"])
+    (row,) = results_of(project)["candidates"]
+    assert set(row["tests"].values()) == {"skipped"}
+    strict = run(project, "--qlab-methods=alpha", workers, "--qlab-require-all")
+    assert strict.ret == pytest.ExitCode.TESTS_FAILED

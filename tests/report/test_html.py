@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from pytest_qlab.report.html import render_page, render_section
+from pytest_qlab.report.style import STYLE
 from pytest_qlab.results import Budget, CandidateResult, LayerRow, Measure, Results
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -298,3 +299,7 @@ def test_layers_of_a_very_deep_model_are_shown_by_block(document: Results) -> No
     text = render_page(changed)
     assert text.count('<rect class="h1"') == 4 + 1  # one for each block, one in the legend
     assert "the lowest of each block" in text
+
+
+def test_the_benchmark_stands_before_pytest_htmls_environment() -> None:
+    assert "#environment){order:1" in STYLE

@@ -1,0 +1,168 @@
+"""Runs the same quantization in another library, in an environment and a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "peer_llmcompressor.py"
+INSTALL = (
+    "not measured: {why}. Install the comparison environment with `python3 -m venv .peers` and "
+    "`.peers/bin/pip install -r benchmarks/requirements-peers.txt`, then give "
+    "`--peers-python .peers/bin/python`."
+)
+
+
+class PeerMissingError(Exception):
+    """There is nothing to compare with; says how to install it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(INSTALL.format(why=why))
+
+
+class PeerError(Exception):
+    """The other library is there and failed, or its answer makes no sense."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child process is to do, as it reads it from a JSON file.
+
+    Attributes:
+        method: `gptq` or `awq`.
+        model: directory of the model.
+        tokens: JSON file with the calibration sequences.
+        weights: safetensors file to write: NAME.weight for every quantized layer, dequantized, and
+            where the method has rescaled them, NAME.before: the rescaled weights unrounded.
+        result: JSON file to write: seconds and versions, or `missing`.
+        threads: of torch.
+    """
+
+    method: str
+    model: str
+    tokens: str
+    weights: str
+    result: str
+    threads: int
+    bits: int = 4
+    group_size: int = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the other library has made, and in which time."""
+
+    seconds: float
+    versions: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def run_peer(
+    python: str | None,
+    method: str,
+    model: Path,
+    sequences: Sequence[Sequence[int]],
+    *,
+    threads: int,
+    work: Path,
+    script: Path = SCRIPT,
+) -> Answer:
+    """Quantize `model` in the environment of the interpreter `python`; `work` takes the files.
+
+    Raises:
+        PeerMissingError: no interpreter is given, or it lacks the library.
+        PeerError: the child process has failed.
+    """
+    if python is None:
+        raise PeerMissingError("no --peers-python is given")
+    tokens = work / "tokens.json"
+    tokens.write_text(json.dumps([list(ids) for ids in sequences]), encoding="utf-8")
+    weights, result = work / "weights.safetensors", work / "result.json"
+    job = Job(method, str(model), str(tokens), str(weights), str(result), threads)
+    job_file = work / "job.json"
+    job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    result.unlink(missing_ok=True)
+    _call([python, str(script), str(job_file)], threads, work)
+    if not result.exists():
+        raise PeerError(f"{script.name} ended without an answer.")
+    answer = json.loads(result.read_text(encoding="utf-8"))
+    if "missing" in answer:
+        raise PeerMissingError(f"the environment of --peers-python lacks {answer['missing']}")
+    return Answer(answer["seconds"], answer["versions"], load_file(weights))
+
+
+def _call(command: list[str], threads: int, work: Path) -> None:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    try:
+        done = subprocess.run(
+            command, cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise PeerMissingError(f"{command[0]} cannot be run ({error.strerror})") from error
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise PeerError(f"The other library failed with exit status {done.returncode}:\n{tail}")
+
+
+def original_weights(
+    tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """An answer's dequantized weights as they act on the original model's inputs and outputs.
+
+    Args:
+        tensors: of an `Answer`.
+        originals: the model's weights (out, in), by layer name.
+
+    Raises:
+        PeerError: other layers or shapes, or the weights are no rescaling of the original ones.
+    """
+    names = {key.removesuffix(".weight") for key in tensors if key.endswith(".weight")}
+    if names != set(originals):
+        odd = sorted(names ^ set(originals))
+        raise PeerError(f"The other library quantized other layers; the first is {odd[0]}.")
+    return {
+        name: unscaled(tensors[f"{name}.weight"], tensors.get(f"{name}.before"), original, name)
+        for name, original in originals.items()
+    }
+
+
+def unscaled(weight: Tensor, before: Tensor | None, original: Tensor, name: str) -> Tensor:
+    """Undo the scaling of rows and columns that made `before` of `original`, on `weight`."""
+    if weight.shape != original.shape:
+        raise PeerError(f"{name} has shape {tuple(weight.shape)}, not {tuple(original.shape)}.")
+    if before is None:
+        return weight
+    rows, columns = fit_scales(before, original)
+    scale = rows[:, None] * columns
+    if not torch.allclose(original.double() * scale, before.double(), rtol=1e-3, atol=1e-12):
+        raise PeerError(f"The weights of {name} before rounding are no rescaling of the original.")
+    return (weight.double() / scale).float()
+
+
+def fit_scales(before: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive (rows, columns) with before = rows * original * columns; float64.
+
+    In logarithms that is a sum of two vectors, whose means are fitted in turns; weights that are
+    zero say nothing.
+    """
+    known = (original != 0) & (before != 0)
+    logs = torch.where(known, (before.double() / original.double()).abs().log(), 0.0)
+    per_row, per_column = known.sum(1).clamp(min=1), known.sum(0).clamp(min=1)
+    rows = torch.zeros(len(original), dtype=torch.float64)
+    for _ in range(20):
+        columns = torch.where(known, logs - rows[:, None], 0.0).sum(0) / per_column
+        rows = torch.where(known, logs - columns, 0.0).sum(1) / per_row
+    return rows.exp(), columns.exp()
