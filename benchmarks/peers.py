@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peer_llmcompressor.py"
+SCRIPT = Path(__file__).resolve().with_name("peer_llmcompressor.py")
 INSTALL = (
     "not measured: {why}. Install the comparison environment with `python3 -m venv .peers` and "
     "`.peers/bin/pip install -r benchmarks/requirements-peers.txt`, then give "
@@ -74,7 +73,6 @@ def run_peer(
     *,
     threads: int,
     work: Path,
-    script: Path = SCRIPT,
 ) -> Answer:
     """Quantize `model` in the environment of the interpreter `python`; `work` takes the files.
 
@@ -91,9 +89,9 @@ def run_peer(
     job_file = work / "job.json"
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     result.unlink(missing_ok=True)
-    _call([python, str(script), str(job_file)], threads, work)
+    _call([python, str(SCRIPT), str(job_file)], threads, work)
     if not result.exists():
-        raise PeerError(f"{script.name} ended without an answer.")
+        raise PeerError(f"{SCRIPT.name} ended without an answer.")
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "missing" in answer:
         raise PeerMissingError(f"the environment of --peers-python lacks {answer['missing']}")

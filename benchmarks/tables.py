@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -40,11 +40,11 @@ class Sample:
         """Every value multiplied."""
         return Sample(tuple(value * factor for value in self.values))
 
-    def show(self, style: Callable[[float], str]) -> str:
-        """The median, and min to max in brackets if there is more than one value."""
-        text = style(self.median)
+    def show(self, unit: str) -> str:
+        """The median with its unit, and min to max in brackets if there is more than one value."""
+        text = number(self.median) + unit
         if len(self.values) > 1:
-            text += f" ({style(min(self.values))} to {style(max(self.values))})"
+            text += f" ({number(min(self.values))} to {number(max(self.values))})"
         return text
 
 
@@ -57,12 +57,12 @@ def number(value: float) -> str:
 
 def seconds(sample: Sample) -> str:
     """A time with its unit."""
-    return sample.show(number) + " s"
+    return sample.show(" s")
 
 
 def ratio(sample: Sample) -> str:
     """A ratio, marked as one."""
-    return sample.show(lambda value: number(value) + "x")
+    return sample.show("x")
 
 
 @dataclass
