@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pytest_qlab.lab import Lab
     from pytest_qlab.specs import MethodSpec
 
-FIDELITY_VERSION = 1
+FIDELITY_VERSION = 2
 LAYERS_VERSION = 1
 
 
@@ -101,15 +101,19 @@ class Candidate:
             finally:
                 set_materialized(self.model, False)
             save_file(tokens.to_tensors(), directory / "tokens.safetensors")
-            domains = [domain for _, domain in lab.eval_data.documents]
-            (directory / "domains.json").write_text(json.dumps(domains), encoding="utf-8")
+            facts = {
+                "domains": [domain for _, domain in lab.eval_data.documents],
+                "convention": lab.evaluation.convention,
+            }
+            (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
         directory = lab.store.get("fidelity", parts, build, Path)
+        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
         fidelity = Fidelity.from_tensors(
             load_file(directory / "tokens.safetensors"),
-            domains=json.loads((directory / "domains.json").read_text(encoding="utf-8")),
+            domains=facts["domains"],
             candidate=self.id,
-            convention=lab.evaluation.convention,
+            convention=facts["convention"],
             name=lab.evaluation.name,
         )
         # The base model's perplexity is the same for all; its own row has it.
@@ -238,12 +242,17 @@ class Candidate:
     def _from(self, estimates: Mapping[str, Estimate], metric: str) -> Estimate:
         if metric not in estimates:
             raise MetricError(
-                f"{metric} of {self.id} is not defined for this model.{did_you_mean(metric, estimates)}"
+                f"{metric} of {self.id} is not defined for this model."
+                f"{did_you_mean(metric, estimates)}"
             )
         return estimates[metric]
 
     def __getitem__(self, metric: str) -> Estimate:
         """A measure by its dotted name, such as `kl.mean` or `perplexity_delta[code]`."""
+        if metric not in self._measured and metric.startswith("memory."):
+            return self._from(self.memory.estimates, metric)
+        if metric not in self._measured and metric.startswith("latency."):
+            return self._from(self.latency.paired.estimates(), metric)
         if metric not in self._measured:
             found = {
                 **self.fidelity.estimates(),

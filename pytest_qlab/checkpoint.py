@@ -23,8 +23,8 @@ from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
-from pytest_qlab.metrics.size import Size
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
+from pytest_qlab.metrics.size import Size
 from pytest_qlab.models.structure import all_linears
 
 if TYPE_CHECKING:
@@ -56,7 +56,12 @@ class Checkpoint:
     @property
     def simulated(self) -> bool:
         """Whether some layer's packed bits are not what runs."""
-        return bool(self.index["simulated"])
+        return bool(self.wanted_kernels)
+
+    @property
+    def wanted_kernels(self) -> list[str]:
+        """The kernels that would have to run for the latency to be the formats'."""
+        return list(self.index["wanted_kernels"])
 
     @property
     def size(self) -> Size:
@@ -138,7 +143,7 @@ def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedMo
         "seconds": quantized.seconds,
         "forwards": quantized.forwards,
         "kernel": ", ".join(sorted({runner.kernel for runner in runners})),
-        "simulated": any(runner.simulated for runner in runners),
+        "wanted_kernels": sorted({each.wanted_kernel for each in runners if each.simulated}),
         "size": {
             "layers": [
                 (name, layer.weight.shape, layer_bytes(layer))

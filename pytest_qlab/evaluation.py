@@ -1,4 +1,4 @@
-"""Run a candidate over the evaluation windows and compare it with the base model, token by token."""
+"""Run a candidate over the evaluation windows and compare it with the base model by token."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class ModelInput:
 
 
 class EvaluationInput:
-    """Evaluation text: names or paths, texts, documents, or finished windows."""
+    """Evaluation text: names or paths, documents, or finished windows."""
 
     def __init__(
         self,
@@ -159,10 +159,9 @@ class EvaluationInput:
         """The windows' convention and length, as printed beside every number."""
         if isinstance(self._given, WindowSet):
             return self._given.convention
-        options = self._options
-        if options.convention == "spread":
-            return f"spread{self._model.fitting(options.window_length)}"
-        return options.convention
+        name = self._options.convention.rstrip("0123456789")
+        length = int(self._options.convention[len(name) :] or self._options.window_length)
+        return f"{name}{self._model.fitting(length)}"
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -204,7 +203,7 @@ class EvaluationInput:
 
 
 class CalibrationInput:
-    """Calibration text: names or paths, texts, documents, or finished sequences."""
+    """Calibration text: names or paths, documents, or finished sequences."""
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from pytest_qlab.inputs import (
 from pytest_qlab.machine import processor_name
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
+from pytest_qlab.models.structure import all_linears
 from pytest_qlab.parallel import one_thread_per_operation
 from pytest_qlab.reference import Reference
 from pytest_qlab.specs import MethodSpec, parse_specs
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.options import Settings
 
-QUANTIZED_VERSION = 1
+QUANTIZED_VERSION = 2
+LARGE_GRAM_BYTES = 2**30
 
 
 class Lab:
@@ -223,15 +226,19 @@ class Lab:
             "dtype": self.model.dtype,
             "device": torch.device(self.model.device).type,
             "torch": torch.__version__,
+            "transformers": version("transformers"),
         }
 
     def statistics(self, *, gram: bool) -> StoredStatistics:
         """Statistics of the base model's activations on the calibration text.
 
-        Without Gram matrices only if these are not wanted and not there already.
+        One pass serves every method: Gram matrices are collected even if they are not wanted yet,
+        unless they are large.
         """
         parts = {**self.base_identity(), "calibration": self.calibration_input.identity}
-        gram = gram or self.store.has("statistics", {**parts, "gram": True})
+        if not gram:
+            known = [each for each in (True, False) if self._has_statistics(parts, gram=each)]
+            gram = known[0] if known else self._gram_bytes() <= LARGE_GRAM_BYTES
         parts["gram"] = gram
 
         def build(directory: Path) -> None:
@@ -246,6 +253,13 @@ class Lab:
             self.count_forwards(forwards)
 
         return self.store.get("statistics", parts, build, StoredStatistics)
+
+    def _has_statistics(self, parts: dict[str, Any], *, gram: bool) -> bool:
+        return self.store.has("statistics", {**parts, "gram": gram})
+
+    def _gram_bytes(self) -> int:
+        """At most what the Gram matrices of all layers take."""
+        return sum(4 * site.in_features**2 for site in all_linears(self.base_model))
 
     def quantized_identity(self, method: Method) -> dict[str, Any]:
         """What determines a quantized model's bits, as plain JSON types."""
@@ -290,15 +304,12 @@ class Lab:
         """Model, evaluation set, calibration set and environment, for the results document."""
         facts = self.reference.facts()
         parts = self._calibration_identity()
-        sequences = {}
-        if self.store.has("calibration", parts):
-            sequences = self.store.json("calibration", parts, dict)
+        sequences = self.store.peek("calibration", parts) or {}
         return {
             "model": {"id": self.model.digest, "name": self.model.name, **facts.get("model", {})},
             "evaluation": {
                 "id": content_hash(self.evaluation.identity),
                 "name": self.evaluation.name,
-                "convention": self.evaluation.convention,
                 **facts.get("evaluation", {}),
             },
             "calibration": {

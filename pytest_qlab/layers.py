@@ -84,7 +84,7 @@ def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
         for site in quantizable_linears(block, name):
             packed = quantized[site.name].weight
             found = weight_error(
-                site.weight(),
+                site.weight().cpu(),
                 original_terms(packed.dequantize(), scales.get(site.name, {})),
                 known[site.name].gram,
                 name=site.name,

@@ -40,12 +40,7 @@ class Reference:
 
     def facts(self) -> dict[str, Any]:
         """Sizes of the model and the evaluation set, if the base model has been run already."""
-        parts = self.identity()
-        if not self._lab.store.has("reference", parts):
-            return {}
-        facts: dict[str, Any] = json.loads(
-            (self._lab.store.path("reference", parts) / FACTS).read_text(encoding="utf-8")
-        )
+        facts: dict[str, Any] = self._lab.store.peek("reference", self.identity(), FACTS) or {}
         return facts
 
     @cached_property
@@ -81,6 +76,7 @@ class Reference:
                 "bytes": loaded.nbytes,
             },
             "evaluation": {
+                "convention": lab.evaluation.convention,
                 "windows": len(windows),
                 "documents": len({window.document for window in windows}),
                 "tokens": sum(len(window.ids) - window.first_scored for window in windows),

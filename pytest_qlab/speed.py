@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from filelock import FileLock
 
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.kernels.linear import PackedLinear, set_materialized
+from pytest_qlab.kernels.linear import set_materialized
 from pytest_qlab.machine import processor_name
 from pytest_qlab.metrics.latency import LatencyQuantiles, PairedLatency, measure_pair
 from pytest_qlab.metrics.memory import (
@@ -24,7 +23,7 @@ from pytest_qlab.metrics.memory import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.lab import Lab
@@ -33,7 +32,7 @@ PREFILL_TOKENS = 128
 ROUNDS = 400
 MOST_SECONDS = 15.0
 LATENCY_VERSION = 1
-MEMORY_VERSION = 1
+MEMORY_VERSION = 2
 
 
 class Quantiles:
@@ -88,17 +87,6 @@ class Memory:
         return self.estimates["memory.kv_per_token"]
 
 
-def kernels(model: nn.Module) -> dict[str, int]:
-    """How many packed layers run on which kernel."""
-    return dict(Counter(m.kernel for m in model.modules() if isinstance(m, PackedLinear)))
-
-
-def wanted_kernels(model: nn.Module) -> list[str]:
-    """The kernels that would have to run for the latency to be the formats'."""
-    packed = (m for m in model.modules() if isinstance(m, PackedLinear))
-    return sorted({each.wanted_kernel for each in packed if each.simulated})
-
-
 def _prompt(lab: Lab, tokens: int) -> Tensor:
     ids: list[int] = []
     for window in lab.eval_data.windows:
@@ -130,7 +118,7 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
         MetricError: the kernel is simulated and the policy is to fail.
     """
     lab = candidate.lab
-    wanted = wanted_kernels(candidate.model)
+    wanted = candidate.checkpoint.wanted_kernels
     if wanted and lab.simulated_latency != "flag":
         message = (
             f"The latency of {candidate.id} is not a claim that can be made: its layers dequantize "
@@ -169,8 +157,8 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
             raise NotMeasuredError(
                 f"The latency of {candidate.id} was not measured: another process held the CPU in "
                 f"{len(found.rounds) - len(found.quiet)} of {len(found.rounds)} rounds (this one "
-                f"got {found.cpu_share:.0%} of its {threads} thread), also when it was tried again. "
-                "Run on a quiet machine."
+                f"got {found.cpu_share:.0%} of its {threads} thread), also when it was tried "
+                "again. Run on a quiet machine."
             )
         return found.to_dict()
 
@@ -202,9 +190,7 @@ def measure_memory(candidate: Candidate) -> Memory:
             "temporary": temporary,
             "kv_bytes_per_token": kv,
             "convention": f"{lab.model.dtype}, forward of {ids.shape[1]} tokens",
-            "simulated": bool(wanted_kernels(model)),
         }
 
-    stored = dict(lab.store.json("memory", parts, compute))
-    simulated = bool(stored.pop("simulated"))
-    return Memory(MemoryUse(**stored), candidate.id, simulated=simulated)
+    use = MemoryUse(**lab.store.json("memory", parts, compute))
+    return Memory(use, candidate.id, simulated=candidate.checkpoint.simulated)

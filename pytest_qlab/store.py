@@ -23,7 +23,13 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from pytest_qlab.errors import CorruptEntryError, QlabError, StoreError, StoreFullError
+from pytest_qlab.errors import (
+    CorruptEntryError,
+    NotMeasuredError,
+    QlabError,
+    StoreError,
+    StoreFullError,
+)
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -123,6 +129,16 @@ class Store:
             build,
             lambda directory: json.loads((directory / "value.json").read_text(encoding="utf-8")),
         )
+
+    def peek(self, kind: str, parts: Mapping[str, Any], name: str = "value.json") -> Any:
+        """A JSON file of an entry, or None if it was not built yet; not counted as a use."""
+        file = self.path(kind, parts) / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise self._corrupt(file.parent, f"{name} cannot be read ({error})") from error
 
     def _build_once(
         self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
@@ -248,7 +264,7 @@ class Store:
 
     def _remember_failure(self, entry: Path, error: QlabError) -> None:
         file = self._failure_file(entry)
-        if file is not None and not isinstance(error, StoreError):
+        if file is not None and not isinstance(error, StoreError | NotMeasuredError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"message": str(error)}), encoding="utf-8")
 

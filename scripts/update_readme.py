@@ -1,7 +1,7 @@
 """Write the README's table and its sample failure from a real run; nothing in them is typed.
 
-    pytest examples/test_compare.py -n auto --qlab-json=qlab-results.json
-    python scripts/update_readme.py qlab-results.json
+pytest examples/test_compare.py -n auto --qlab-json=qlab-results.json
+python scripts/update_readme.py qlab-results.json
 """
 
 from __future__ import annotations

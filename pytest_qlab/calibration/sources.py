@@ -48,7 +48,7 @@ def write_statistics(
         progress(f"calibration statistics, block {index + 1}/{len(blocks)}")
         sites = [*quantizable_linears(block, name), *routers(block, name)]
         groups = input_groups(block, stream.call(index), sites)
-        statistics = stream.collect(index, block, sites, groups, gram=gram)
+        statistics = stream.collect(index, block, sites, groups, gram=gram, advance=True)
         by_group = {groups[layer]: found for layer, found in statistics.items()}
         save_file(
             {
@@ -59,7 +59,6 @@ def write_statistics(
             directory / f"block-{index:04d}.safetensors",
         )
         layers.append(groups)
-        stream.advance(index, block)
     (directory / INDEX).write_text(json.dumps(layers), encoding="utf-8")
     return stream.forwards
 

@@ -38,6 +38,16 @@ class LayerStatistics:
             None if self.gram is None else self.gram / scale / scale[:, None],
         )
 
+    def to(self, device: torch.device) -> LayerStatistics:
+        """The same statistics on another device."""
+        return LayerStatistics(
+            self.tokens,
+            self.minimum.to(device),
+            self.maximum.to(device),
+            self.mean_abs.to(device),
+            None if self.gram is None else self.gram.to(device),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """All fields as tensors, for a safetensors file."""
         stored = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -148,10 +149,8 @@ class BlockStream:
             raise _Stop
 
         def run(ids: Sequence[int]) -> Tensor:
-            try:
+            with suppress(_Stop):
                 model(input_ids=_batch(model, ids), use_cache=False)
-            except _Stop:
-                pass
             hidden: Tensor = here.hidden
             return hidden
 
@@ -173,8 +172,12 @@ class BlockStream:
         groups: dict[str, int],
         *,
         gram: bool,
+        advance: bool = False,
     ) -> dict[str, LayerStatistics]:
-        """Statistics of the inputs of `sites` over all sequences; one object per shared input."""
+        """Statistics of the inputs of `sites` over all sequences; one object per shared input.
+
+        `advance` also moves the hidden states on, for a block that does not change in between.
+        """
         first_of = {groups[site.name]: site for site in reversed(sites)}
 
         def empty() -> dict[int, Accumulator]:
@@ -185,11 +188,10 @@ class BlockStream:
 
         here = threading.local()
 
-        def run(hidden: Tensor) -> dict[int, Accumulator]:
+        def run(hidden: Tensor) -> tuple[dict[int, Accumulator], Tensor]:
             here.parts = empty()
-            self._calls[index](block, hidden)
-            parts: dict[int, Accumulator] = here.parts
-            return parts
+            output = self._calls[index](block, hidden)
+            return here.parts, output
 
         handles = [
             site.module.register_forward_pre_hook(
@@ -198,13 +200,18 @@ class BlockStream:
             for number, site in first_of.items()
         ]
         totals = empty()
+        outputs: list[Tensor] = []
         try:
-            for parts in ordered_map(run, self._hidden, self._threads):
+            for parts, output in ordered_map(run, self._hidden, self._threads):
+                if advance:
+                    outputs.append(output)
                 for number, part in parts.items():
                     totals[number].merge(part)
         finally:
             for handle in handles:
                 handle.remove()
+        if advance:
+            self._hidden = outputs
         results = {number: total.result() for number, total in totals.items()}
         return {site.name: results[groups[site.name]] for site in sites}
 

@@ -143,9 +143,10 @@ class _Pass:
             groups = input_groups(block, self.calls[index], [*sites, *gates])
 
         def layer(site: LinearSite, quantized: bool) -> LayerContext:
-            return LayerContext(
-                site.name, site, known.get(site.name), quantized, groups.get(site.name, 0)
-            )
+            found = known.get(site.name)
+            if found is not None:
+                found = found.to(site.stored.device)
+            return LayerContext(site.name, site, found, quantized, groups.get(site.name, 0))
 
         layers = [layer(site, True) for site in sites]
         folds: list[FoldContext] = []
@@ -174,7 +175,7 @@ class _Pass:
             gram="gram" in self.method.needs,
         )
         for layer in layers:
-            layer.statistics = found[layer.name]
+            layer.statistics = found[layer.name].to(layer.site.stored.device)
 
     def _quantize(self, layer: LayerContext) -> None:
         weight = layer.site.weight()

@@ -6,12 +6,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pytest_qlab.models.source import read_config, weight_files
 from pytest_qlab.store import file_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HASHED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py", "*.safetensors", "*.bin")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pytest_qlab.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Transform = Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-5

@@ -8,20 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
 
 from pytest_qlab.errors import ModelError, did_you_mean
 from pytest_qlab.models.digest import digest_of, digest_of_directory
@@ -32,6 +22,11 @@ from pytest_qlab.models.source import (
     read_config,
     resolve,
 )
+
+# transformers takes seconds to import, and a run that finds everything in the store needs none of
+# it; so its functions are imported where they are called.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "EMBEDDED",
@@ -95,6 +90,8 @@ def load_model(
     Raises:
         ModelError: whatever is wrong with the model, with the remedy.
     """
+    from transformers import AutoModelForCausalLM
+
     compute = _dtype(dtype)
     where = _device(device)
     directory = resolve(source, revision)
@@ -137,7 +134,7 @@ def load_model(
 
 def from_memory(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     name: str = "in memory",
     *,
     dtype: str = "float32",
@@ -148,11 +145,19 @@ def from_memory(
     Raises:
         ModelError: the model or its tokenizer cannot be used.
     """
+    from transformers import PreTrainedModel
+
     compute = _dtype(dtype)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"A model in memory must be a transformers PreTrainedModel with a language model head, "
             f"but a {type(model).__name__} was given. Load it with AutoModelForCausalLM."
+        )
+    if tokenizer is None:
+        raise ModelError(
+            "A model in memory was given without a tokenizer, so no text can be scored with it. "
+            "Give the tokenizer too: Lab(model, tokenizer=...), or override the fixture "
+            "`tokenizer` beside `base_model`."
         )
     stored = {key: value.dtype for key, value in model.named_parameters(remove_duplicate=False)}
     digest = digest_of(model, tokenizer)
@@ -184,9 +189,11 @@ def context_length(
     Raises:
         ModelError: there is no such model, or its configuration cannot be read.
     """
-    if isinstance(source, PreTrainedModel):
+    if not isinstance(source, str):
         config = source.config
     else:
+        from transformers import AutoConfig
+
         directory = resolve(source, revision)
         _check_causal(read_config(directory, source), source, trust_remote_code)
         with _quiet():
@@ -235,6 +242,8 @@ def _device(name: str) -> torch.device:
 
 
 def _check_causal(config: Mapping[str, Any], source: str, trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
     model_type = config.get("model_type")
     custom = "AutoModelForCausalLM" in config.get("auto_map", {})
     if custom and trust_remote_code:
@@ -265,6 +274,8 @@ def _check_causal(config: Mapping[str, Any], source: str, trust_remote_code: boo
 def _load_tokenizer(
     directory: Path, source: str, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     present = any((directory / name).is_file() for name in known)
     if not present and not any(directory.glob("*.tiktoken")) and not trust_remote_code:
@@ -383,6 +394,8 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Transformers without progress bars and notes: errors are all that matters here."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

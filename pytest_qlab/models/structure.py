@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pytest_qlab.errors import ModelError
 
@@ -40,7 +38,7 @@ class LinearSite:
     @property
     def transposed(self) -> bool:
         """Whether the stored weight is (in_features, out_features), as in GPT-2's Conv1D."""
-        return isinstance(self.module, Conv1D)
+        return _is_conv1d(self.module)
 
     @property
     def stored(self) -> Tensor:
@@ -88,7 +86,13 @@ class LinearSite:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a plain weight matrix, perhaps adds a bias, and no more."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D; by name, because importing it takes seconds."""
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+    return "transformers.pytorch_utils.Conv1D" in kinds
 
 
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -103,9 +107,8 @@ def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     config = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if config is not None else None
     expected = getattr(text_config, "num_hidden_layers", None)
-    decoder = model
-    if isinstance(model, PreTrainedModel):
-        decoder = model.get_decoder() or model  # type: ignore[no-untyped-call]
+    find = getattr(model, "get_decoder", None)
+    decoder: nn.Module = (find() if callable(find) else None) or model
     inside = {id(module) for module in decoder.modules()}
 
     candidates: list[tuple[tuple[bool, bool, int], str, nn.ModuleList]] = []

@@ -206,7 +206,7 @@ KNOWN: tuple[Column, ...] = (
         "Layer error",
         "layer err",
         12,
-        meaning="sum over layers of the relative output error on calibration inputs",
+        meaning="squared error of all layers' outputs on calibration inputs, relative",
     ),
     Column(
         "bits_per_weight",

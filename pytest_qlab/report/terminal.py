@@ -117,7 +117,8 @@ def _grid(table: Table, width: int) -> tuple[list[str], list[str]]:
         else:
             lines.append(line(name, texts))
     lines.append(rule)
-    left_out = [c.named for c in shown if c not in kept and c.named]
+    # Those of single domains would crowd out the names that matter.
+    left_out = [c.named for c in shown if c not in kept and c.named and "[" not in c.named]
     return lines, left_out
 
 

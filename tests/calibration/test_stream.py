@@ -27,7 +27,7 @@ def sequences(count: int = 3) -> list[list[int]]:
 
 
 def build(name: str) -> Any:
-    model = ARCHITECTURES[name]().eval()
+    model = ARCHITECTURES[name]()
     unfuse_experts(model)
     return model
 
