@@ -168,16 +168,20 @@ class Candidate:
 
     # --- layers ----------------------------------------------------------------------------
 
-    @cached_property
-    def _layer_errors(self) -> LayerErrors:
-        parts = {
+    def _layer_parts(self) -> dict[str, Any]:
+        return {
             "quantized": self.lab.quantized_identity(self.method),
             "calibration": self.lab.calibration_input.identity,
             "code": LAYERS_VERSION,
         }
+
+    @cached_property
+    def _layer_errors(self) -> LayerErrors:
         checkpoint = self.checkpoint
         stored = self.lab.store.json(
-            "layers", parts, lambda: measure_layers(self.lab, checkpoint).to_dict()
+            "layers",
+            self._layer_parts(),
+            lambda: measure_layers(self.lab, checkpoint).to_dict(),
         )
         found = LayerErrors.from_dict(stored)
         self._note(found.total.estimates(self.id))
@@ -187,6 +191,20 @@ class Candidate:
     def layers(self) -> tuple[LayerError, ...]:
         """Every quantized layer with its bits, its weights' SNR and its output error."""
         return self._layer_errors.layers
+
+    def worst_layers(self, count: int = 3) -> list[LayerError]:
+        """The layers with the largest output error, if layers were measured before; else none.
+
+        For messages: it computes nothing.
+        """
+        errors: LayerErrors | None = self.__dict__.get("_layer_errors")
+        if errors is None:
+            stored = self.lab.store.peek("layers", self._layer_parts())
+            if stored is None:
+                return []
+            errors = LayerErrors.from_dict(stored)
+        reached = [layer for layer in errors.layers if layer.output_error]
+        return sorted(reached, key=lambda layer: layer.output_error or 0.0, reverse=True)[:count]
 
     @property
     def weights(self) -> WeightMeasures:

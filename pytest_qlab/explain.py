@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from pytest_qlab.estimate import Estimate
+
+if TYPE_CHECKING:
+    from pytest_qlab.layers import LayerError
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
@@ -35,6 +41,14 @@ def explain_comparison(op: str, left: object, right: object) -> list[str] | None
         f"  ({_missed(measured, relation, budget)})",
         *_about(measured),
     ]
+
+
+def explain_layers(layers: Sequence[LayerError]) -> list[str]:
+    """A line that names the layers whose outputs are furthest off, or none."""
+    if not layers:
+        return []
+    named = [f"{each.name} {each.output_error:.2g} ({each.snr_db:.1f} dB)" for each in layers]
+    return [f"layers with the largest output error: {', '.join(named)}"]
 
 
 def _is_number(value: object) -> bool:

@@ -214,6 +214,11 @@ class Lab:
             self._candidates[spec] = Candidate(self, spec)
         return self._candidates[spec]
 
+    @property
+    def candidates(self) -> dict[str, Candidate]:
+        """The candidates that were asked for so far, by id."""
+        return {spec.id: candidate for spec, candidate in self._candidates.items()}
+
     def count_forwards(self, number: int = 1) -> None:
         """Note that the model was run on that many windows or sequences."""
         with self._forwards_lock:

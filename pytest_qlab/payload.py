@@ -121,7 +121,7 @@ def _fragments(
         if name in ("quantized", "baseline") or type(value).__name__ == "Candidate"
     ]
     for lab in labs:
-        known = getattr(lab, "candidates", None) or getattr(lab, "_candidates", {})
+        known = lab.candidates
         candidates += [found for found in known.values() if getattr(found, "id", None) in compared]
     fragments: dict[str, dict[str, Any]] = {}
     for candidate in candidates:

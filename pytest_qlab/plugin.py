@@ -12,7 +12,7 @@ import pytest
 from pytest_qlab.controller import Controller
 from pytest_qlab.errors import NotMeasuredError, QlabError
 from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
-from pytest_qlab.explain import explain_comparison
+from pytest_qlab.explain import explain_comparison, explain_layers
 from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the plugin's names)
     _qlab_default,
     base_model,
@@ -188,7 +188,13 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
-    if isinstance(left, Estimate) or isinstance(right, Estimate):
-        return explain_comparison(op, left, right)
-    return None
+def pytest_assertrepr_compare(
+    config: pytest.Config, op: str, left: object, right: object
+) -> list[str] | None:
+    lines = explain_comparison(op, left, right)
+    if lines is not None:
+        names = {each.candidate for each in (left, right) if isinstance(each, Estimate)}
+        for lab in run_of(config).labs:
+            for name in sorted(names & set(lab.candidates)):
+                lines += explain_layers(lab.candidates[name].worst_layers())
+    return lines

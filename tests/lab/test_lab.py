@@ -350,3 +350,14 @@ def test_describe_says_what_was_measured_on_what(tmp_path: Path) -> None:
     assert found["calibration"]["tokens"] == lab.calibration.tokens
     assert found["model"]["parameters"] == sum(p.numel() for p in lab.base_model.parameters())
     assert json.loads(json.dumps(found)) == found
+
+
+def test_the_worst_layers_are_known_once_they_were_measured(tmp_path: Path) -> None:
+    candidate = tiny_lab(tmp_path).candidate("rtn:bits=3")
+    assert candidate.kl.mean > 0
+    assert candidate.worst_layers() == []
+    by_error = sorted(candidate.layers, key=lambda layer: -(layer.output_error or 0))
+    assert candidate.worst_layers() == by_error[:3]
+    later = tiny_lab(tmp_path).candidate("rtn:bits=3")
+    assert later.worst_layers(1) == by_error[:1]
+    assert later.lab.store.built == {}

@@ -77,6 +77,10 @@ class FakeCandidate:
         note(f"latency {self.id}")
         return self.measure("latency.p50", 0.001, unit="s")
 
+    def worst_layers(self):
+        from pytest_qlab.layers import LayerError
+        return [LayerError("layers.0.down", (4, 4), 4.1, 18.25, 0.99, 0.0123)]
+
     def fragment(self):
         return CandidateResult(
             id=self.id, method=self.method.name, options=self.method.model_dump(),
@@ -102,7 +106,7 @@ class FakeLab:
 
     @property
     def candidates(self):
-        return self.made
+        return {spec.id: candidate for spec, candidate in self.made.items()}
 
     @property
     def baseline(self):

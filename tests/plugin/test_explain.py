@@ -4,6 +4,7 @@ import pytest
 
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.explain import explain_comparison
+from tests.plugin.fakes import QUALITY
 
 
 def estimate(value: float = 0.25, **more: object) -> Estimate:
@@ -78,3 +79,11 @@ def test_what_is_simulated_is_called_so() -> None:
 )
 def test_other_comparisons_are_left_to_pytest(op: str, left: object, right: object) -> None:
     assert explain_comparison(op, left, right) is None
+
+
+def test_the_layers_that_are_furthest_off_are_named(project: pytest.Pytester) -> None:
+    project.makepyfile(QUALITY)
+    result = project.runpytest_subprocess("--qlab-methods=beta", "-p", "no:cacheprovider")
+    result.stdout.fnmatch_lines(
+        ["*layers with the largest output error: layers.0.down 0.012 (18.2 dB)"]
+    )
