@@ -300,5 +300,6 @@ class Candidate:
         errors: LayerErrors | None = self.__dict__.get("_layer_errors")
         if errors is not None:
             result.layers = [LayerRow(**vars(layer)) for layer in errors.layers]
-        result.keys["reference"] = content_hash(self.lab.reference.identity())
+        if "fidelity" in self.__dict__:
+            result.keys["reference"] = content_hash(self.lab.reference.identity())
         return result

@@ -98,6 +98,9 @@ class Collector:
         for name, outcome in self._outcomes.items():
             entry = plan.get(name)
             if entry is not None and entry.group is not None:
+                quiet = outcome in ("passed", "skipped") and entry.group not in order
+                if quiet and results.candidate(entry.group) is None:
+                    continue  # A test of no method of this run, which has measured nothing.
                 row = _row(results, entry.group, plan)
                 row.tests[name] = outcome  # type: ignore[assignment]
                 row.error = self._crashed.get(name, row.error)

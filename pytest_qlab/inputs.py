@@ -12,7 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.data.text import Document, load_documents
-from pytest_qlab.data.windows import WindowSet, calibration_sequences, make_windows
+from pytest_qlab.data.windows import (
+    WindowSet,
+    calibration_sequences,
+    check_windows,
+    digest_of_windows,
+    make_windows,
+)
 from pytest_qlab.errors import DataError
 from pytest_qlab.models.load import (
     LoadedModel,
@@ -33,10 +39,23 @@ WINDOWS_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids that methods may look at, in sequences of one length."""
+    """Token ids that methods may look at, in sequences of one length.
+
+    Raises:
+        DataError: there is no sequence, or they differ in length.
+    """
 
     name: str
     sequences: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(sequence) for sequence in self.sequences}
+        if len(lengths) != 1 or lengths == {0}:
+            raise DataError(
+                f"The calibration set {self.name!r} has {len(self.sequences)} sequences of "
+                f"{', '.join(map(str, sorted(lengths))) or 'no'} tokens. At least one sequence is "
+                "needed, and all must have one length of at least 1: cut them alike."
+            )
 
     @property
     def tokens(self) -> int:
@@ -74,6 +93,10 @@ class ModelInput:
         self._tokenizer = tokenizer
         self.dtype = dtype
         self.device = device
+        if isinstance(model, LoadedModel):  # it is used as it is
+            parameter = next(model.model.parameters())
+            self.dtype = str(parameter.dtype).removeprefix("torch.")
+            self.device = str(parameter.device)
         self._revision = revision
         self._trust = trust_remote_code
 
@@ -145,6 +168,8 @@ class EvaluationInput:
         model: ModelInput,
         options: InputOptions,
     ) -> None:
+        if isinstance(given, WindowSet):
+            check_windows(given)
         self._given = given
         self._model = model
         self._options = options
@@ -190,7 +215,10 @@ class EvaluationInput:
     def identity(self) -> dict[str, Any]:
         """What determines the windows, as plain JSON types."""
         if isinstance(self._given, WindowSet):
-            return {"windows": self._given.digest}
+            # Not its own digest, which `dataclasses.replace` would leave as it was.
+            windows = self._given
+            digest = digest_of_windows(windows.convention, windows.documents, windows.windows)
+            return {"windows": digest}
         options = self._options
         return {
             "version": WINDOWS_VERSION,

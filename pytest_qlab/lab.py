@@ -35,6 +35,7 @@ from pytest_qlab.inputs import (
 from pytest_qlab.machine import processor_name
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
+from pytest_qlab.models.load import device_kind
 from pytest_qlab.models.structure import all_linears
 from pytest_qlab.parallel import one_thread_per_operation
 from pytest_qlab.reference import Reference
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from pytest_qlab.options import Settings
 
 QUANTIZED_VERSION = 2
+STATISTICS_VERSION = 1
 LARGE_GRAM_BYTES = 2**30
 
 
@@ -109,7 +111,7 @@ class Lab:
         self.evaluation = EvaluationInput(evaluation, self.model, input_options)
         self.calibration_input = CalibrationInput(calibration, self.model, input_options)
         self.store = Store(
-            Path(store) if store is not None else default_store(),
+            Path(store).expanduser().absolute() if store is not None else default_store(),
             run_dir=run_dir,
             on_wait=self.progress,
         )
@@ -229,7 +231,7 @@ class Lab:
         return {
             "model": self.model.digest,
             "dtype": self.model.dtype,
-            "device": torch.device(self.model.device).type,
+            "device": device_kind(self.model.device),
             "torch": torch.__version__,
             "transformers": version("transformers"),
         }
@@ -240,7 +242,11 @@ class Lab:
         One pass serves every method: Gram matrices are collected even if they are not wanted yet,
         unless they are large.
         """
-        parts = {**self.base_identity(), "calibration": self.calibration_input.identity}
+        parts = {
+            **self.base_identity(),
+            "calibration": self.calibration_input.identity,
+            "code": STATISTICS_VERSION,
+        }
         if not gram:
             known = [each for each in (True, False) if self._has_statistics(parts, gram=each)]
             gram = known[0] if known else self._gram_bytes() <= LARGE_GRAM_BYTES

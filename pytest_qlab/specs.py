@@ -56,7 +56,8 @@ def parse_specs(
         configurations: the tables `[tool.qlab.methods.NAME]`.
 
     Raises:
-        SpecError: an unknown name or option, a wrong value, or nothing is left to run.
+        SpecError: an unknown name or option, a wrong value, two methods with one id, or nothing is
+            left to run.
     """
     named = configurations or {}
     pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
@@ -67,7 +68,11 @@ def parse_specs(
         included = list(DEFAULT_SPECS)
     for piece in included:
         for spec in _expand(piece, named):
-            chosen.setdefault(spec.id, spec)
+            if chosen.setdefault(spec.id, spec).method != spec.method:
+                raise SpecError(
+                    f"Two different methods would both be called {spec.id!r}, and one of them "
+                    f"would be lost. Rename the configuration [tool.qlab.methods.{spec.id}]."
+                )
     for pattern in excluded:
         hit = [name for name, spec in chosen.items() if spec.matches(pattern)]
         if not hit:

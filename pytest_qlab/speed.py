@@ -137,7 +137,7 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
     }
 
     def compute() -> dict[str, Any]:
-        ids = _prompt(lab, PREFILL_TOKENS)
+        ids = _prompt(lab, lab.model.fitting(PREFILL_TOKENS))
         set_materialized(candidate.model, False)
         lab.store.root.mkdir(parents=True, exist_ok=True)
         with FileLock(lab.store.root / ".latency.lock"):

@@ -277,7 +277,7 @@ class Store:
 def default_store() -> Path:
     """Where artefacts are kept if nobody says otherwise: $QLAB_STORE, or the user's cache."""
     if os.environ.get("QLAB_STORE"):
-        return Path(os.environ["QLAB_STORE"])
+        return Path(os.environ["QLAB_STORE"]).expanduser().absolute()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
     elif sys.platform == "darwin":

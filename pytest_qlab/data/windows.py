@@ -145,9 +145,39 @@ def make_windows(
             + (", or use the convention 'spread'." if convention != "spread" else ".")
         )
     windows = systematic_sample(windows, maximum, seed)
-    content = [convention, [[w.document, w.first_scored, *w.ids] for w in windows], names]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest = digest_of_windows(convention, names, windows)
     return WindowSet(name, convention, tuple(names), tuple(windows), digest)
+
+
+def digest_of_windows(
+    convention: str, documents: Sequence[tuple[str, str]], windows: Sequence[Window]
+) -> str:
+    """Hex SHA-256 of all that is scored, and of what results are grouped by."""
+    content = [convention, [[w.document, w.first_scored, *w.ids] for w in windows], documents]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_windows(given: WindowSet) -> None:
+    """Refuse windows, put together by hand, that cannot be scored.
+
+    Raises:
+        DataError: there are none, one has no scored token, or one is of no document.
+    """
+    if not given.windows:
+        raise DataError(f"The window set {given.name!r} has no windows. Give at least one.")
+    for number, window in enumerate(given.windows):
+        if not 1 <= window.first_scored < len(window.ids):
+            raise DataError(
+                f"Window {number} of {given.name!r} has {len(window.ids)} tokens, of which those "
+                f"from {window.first_scored} on would be scored. At least one token is scored, "
+                "and none without a token before it: give a first_scored of 1 or more that is "
+                "less than the window's length."
+            )
+        if not 0 <= window.document < len(given.documents):
+            raise DataError(
+                f"Window {number} of {given.name!r} belongs to document {window.document}, but the "
+                f"set has {len(given.documents)}. Number documents from 0."
+            )
 
 
 def systematic_sample(windows: list[Window], maximum: int, seed: int) -> list[Window]:

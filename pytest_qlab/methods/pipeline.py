@@ -103,14 +103,17 @@ class _Pass:
         modules = [block for _, block in self.blocks]
         self.stream: BlockStream | None = None
         self.calls: list[BlockCall] | None = None
+        self.traces: list[BlockCall] | None = None
         if method.stream != "none" and not sequences:
             raise MethodError(f"{method.id} needs calibration text, and there is none.")
         if method.stream == "quantized":
             self.stream = BlockStream(model, modules, sequences, threads=threads)
             self.calls = [self.stream.call(index) for index in range(len(modules))]
             self.result.forwards = self.stream.forwards
-        elif self._transforms:
-            self.calls = capture_calls(model, modules, list(sequences[0][:TRACE_TOKENS]))
+        if self._transforms:
+            ids = sequences[0][:TRACE_TOKENS] if sequences else _any_tokens(model)
+            self.traces = capture_calls(model, modules, ids)
+            self.calls = self.calls or self.traces
 
     @property
     def _transforms(self) -> bool:
@@ -150,12 +153,11 @@ class _Pass:
 
         layers = [layer(site, True) for site in sites]
         folds: list[FoldContext] = []
-        if self._transforms and self.calls is not None:
+        if self.traces is not None:
             everything = {each.name: each for each in layers}
             everything.update({site.name: layer(site, False) for site in gates})
-            call = self.calls[index]
-            hidden = call.hidden[:, :TRACE_TOKENS]
-            found = discover_folds(block, lambda: call(block, hidden), sites, name)
+            trace = self.traces[index]
+            found = discover_folds(block, lambda: trace(block, trace.hidden), sites, name)
             folds = [
                 FoldContext(
                     fold, [everything[each] for each in fold.layers], everything.get(fold.previous)
@@ -202,6 +204,12 @@ class _Pass:
         )
         module.materialize()
         site.replace(self.model, module)
+
+
+def _any_tokens(model: Any) -> range:
+    """A few different token ids, to trace a model for a method that calibrates on nothing."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return range(min(TRACE_TOKENS, rows))
 
 
 def layer_names(model: nn.Module) -> list[str]:

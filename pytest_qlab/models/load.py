@@ -32,6 +32,7 @@ __all__ = [
     "EMBEDDED",
     "LoadedModel",
     "context_length",
+    "device_kind",
     "digest_of",
     "from_memory",
     "load_model",
@@ -229,16 +230,32 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def device_kind(name: str) -> str:
+    """The kind of a device, such as `cuda` for `cuda:0`, whether this machine has it or not.
+
+    Raises:
+        ModelError: torch knows no such device.
+    """
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise _no_device(name, error) from error
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"The device {name!r} cannot be used: {_first_line(error)} Give cpu, or a device that "
-            "this machine and this build of torch have."
-        ) from error
+        raise _no_device(name, error) from error
     return device
+
+
+def _no_device(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"The device {name!r} cannot be used: {_first_line(error)} Give cpu, or a device that "
+        "this machine and this build of torch have."
+    )
 
 
 def _check_causal(config: Mapping[str, Any], source: str, trust_remote_code: bool) -> None:

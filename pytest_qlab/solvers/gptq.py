@@ -147,7 +147,8 @@ def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
         damped = h.clone()
         damped.diagonal().add_(damp_percent * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
+        # Numbers that overflow give infinities or NaN without being reported.
+        if not failed and bool(lower.isfinite().all()):
             return lower.flip(0, 1), damp_percent
         damp_percent += step
     raise NotPositiveDefiniteError("the Gram matrix is not positive definite")

@@ -177,3 +177,25 @@ def test_default_store_can_be_named_by_the_environment(
     assert default_store() == tmp_path / "x"
     monkeypatch.delenv("QLAB_STORE")
     assert default_store().name == "pytest-qlab"
+
+
+def test_the_default_store_stays_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QLAB_STORE", "~/artefacts")  # as YAML passes it, with no shell to expand it
+    assert default_store() == tmp_path / "artefacts"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLAB_STORE", "artefacts")
+    assert default_store() == tmp_path / "artefacts"
+
+
+def test_the_default_store_stays_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QLAB_STORE", "~/artefacts")  # as YAML passes it, with no shell to expand it
+    assert default_store() == tmp_path / "artefacts"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLAB_STORE", "artefacts")
+    assert default_store() == tmp_path / "artefacts"

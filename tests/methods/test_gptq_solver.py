@@ -357,3 +357,13 @@ def test_a_hopeless_matrix_is_refused() -> None:
     weight, _, _ = correlated(3, 16, 1)
     with pytest.raises(NotPositiveDefiniteError):
         gptq_solve(weight.float(), -torch.eye(16), GridRule(4), damp_percent=0.0)
+
+
+def test_a_matrix_whose_mean_overflows_is_refused() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = 3e17 * torch.randn(256, 64, generator=generator)
+    gram = inputs.T @ inputs
+    assert gram.isfinite().all()
+    assert gram.diagonal().mean().isinf()
+    with pytest.raises(NotPositiveDefiniteError):
+        gptq_solve(torch.randn(4, 64, generator=generator), gram, GridRule(4))

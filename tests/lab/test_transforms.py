@@ -1,0 +1,63 @@
+"""Methods of other people that transform a block: with and without calibration of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytest_qlab import Method, QuantizedLayer
+from pytest_qlab.calibration.statistics import LayerStatistics
+from pytest_qlab.checkpoint import instantiate
+from pytest_qlab.formats.plain import PlainWeight
+from pytest_qlab.methods.base import Statistic, Stream
+from pytest_qlab.methods.blocks import BlockContext
+from pytest_qlab.methods.rtn import Rtn
+from tests.architectures import token_ids
+from tests.lab.tiny import tiny_lab
+
+
+class Moved(Rtn):
+    """Scales folded, though nothing is calibrated."""
+
+    name: ClassVar[str] = "moved"
+
+    def transform_block(self, block: BlockContext) -> None:
+        for fold in block.folds:
+            fold.apply(torch.full((fold.fold.channels,), 4.0))
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        return QuantizedLayer(PlainWeight(weight))
+
+
+class MovedStream(Moved):
+    """The same, on the outputs of quantized blocks."""
+
+    name: ClassVar[str] = "moved_stream"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"channels"})
+
+    @property
+    def stream(self) -> Stream:
+        return "quantized"
+
+
+@pytest.mark.parametrize("method", [Moved(), MovedStream()])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_every_stream_can_transform(
+    architecture: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Calibration sequences are longer than what folds are traced on.
+    monkeypatch.setattr("pytest_qlab.methods.pipeline.TRACE_TOKENS", 8)
+    lab = tiny_lab(tmp_path, architecture)
+    checkpoint = lab.checkpoint(method)
+    assert checkpoint.scales()
+    ids = token_ids(24)
+    with torch.no_grad():
+        expected = lab.base_model(input_ids=ids).logits
+        found = instantiate(checkpoint, lab.base_model)(input_ids=ids).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
