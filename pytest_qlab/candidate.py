@@ -271,6 +271,9 @@ class Candidate:
             return self._from(self.memory.estimates, metric)
         if metric not in self._measured and metric.startswith("latency."):
             return self._from(self.latency.paired.estimates(), metric)
+        if metric == "layer_error" or metric.startswith("weights."):
+            return self._from(self._layer_errors.total.estimates(self.id), metric)
+        _ = self.checkpoint  # which notes the sizes
         if metric not in self._measured:
             found = {
                 **self.fidelity.estimates(),

@@ -25,8 +25,13 @@ from filelock import FileLock, Timeout
 
 from pytest_qlab.errors import (
     CorruptEntryError,
+    DataError,
+    MethodError,
+    MetricError,
+    ModelError,
     NotMeasuredError,
     QlabError,
+    SpecError,
     StoreError,
     StoreFullError,
 )
@@ -34,6 +39,7 @@ from pytest_qlab.errors import (
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 LAYOUT = 1
+_REMEMBERED = (SpecError, ModelError, DataError, MethodError, MetricError, QlabError)
 
 
 def canonical_json(value: Any) -> str:
@@ -266,12 +272,16 @@ class Store:
         file = self._failure_file(entry)
         if file is not None and not isinstance(error, StoreError | NotMeasuredError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"message": str(error)}), encoding="utf-8")
+            kind = next(each for each in type(error).__mro__ if each in _REMEMBERED)
+            facts = {"kind": kind.__name__, "message": str(error)}
+            file.write_text(json.dumps(facts), encoding="utf-8")
 
     def _raise_remembered_failure(self, entry: Path) -> None:
         file = self._failure_file(entry)
         if file is not None and file.exists():
-            raise QlabError(json.loads(file.read_text(encoding="utf-8"))["message"])
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            kinds = {kind.__name__: kind for kind in _REMEMBERED}
+            raise kinds[facts["kind"]](facts["message"])
 
 
 def default_store() -> Path:

@@ -151,7 +151,7 @@ def report(args: argparse.Namespace) -> str:
     seen = sum(row["train"]["tokens"] for row in facts["corpus"]["sources"].values())
     lines = [
         f"{facts['parameters']:,} parameters; trained for {facts['steps']:,} steps on "
-        f"{facts['tokens']:,} tokens, sampled from {seen:,} different ones, in "
+        f"{facts['tokens']:,} tokens, sampled from a corpus of {seen:,}, in "
         f"{facts['hours']} hours on at most two CPU cores.",
         "",
         "Perplexity per token (weights as shipped, computed in float32, windows of "

@@ -212,15 +212,6 @@ def _any_tokens(model: Any) -> range:
     return range(min(TRACE_TOKENS, rows))
 
 
-def layer_names(model: nn.Module) -> list[str]:
-    """Dotted names of every linear layer that methods quantize, in model order."""
-    return [
-        site.name
-        for name, block in decoder_blocks(model)
-        for site in quantizable_linears(block, name)
-    ]
-
-
 def describe_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """The JSON side of a quantized layer: how its tensors are to be read."""
     return {

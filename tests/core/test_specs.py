@@ -85,11 +85,3 @@ def test_two_methods_with_one_id_are_an_error() -> None:
         parse_specs(["gptq,gptq-w4g128"], named)
     same = {"gptq-w4g128": {"method": "gptq", "bits": 4}}
     assert len(parse_specs(["gptq,gptq-w4g128"], same)) == 1
-
-
-def test_two_methods_with_one_id_are_an_error() -> None:
-    named = {"gptq-w4g128": {"method": "gptq", "bits": 3}}
-    with pytest.raises(SpecError, match="would both be called 'gptq-w4g128'"):
-        parse_specs(["gptq,gptq-w4g128"], named)
-    same = {"gptq-w4g128": {"method": "gptq", "bits": 4}}
-    assert len(parse_specs(["gptq,gptq-w4g128"], same)) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,25 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab import CalibrationSet, Estimate, Lab, Method, QlabError, QuantizedLayer
+from pytest_qlab import Estimate, Lab, Method, QlabError, QuantizedLayer
 from pytest_qlab.calibration.statistics import LayerStatistics
 from pytest_qlab.checkpoint import MODEL_FILE, instantiate
-from pytest_qlab.data.windows import Window, WindowSet
-from pytest_qlab.errors import DataError, MethodError, ModelError, SpecError
+from pytest_qlab.errors import MethodError, MetricError, SpecError
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.layers import original_terms
 from pytest_qlab.methods.awq import Awq
-from pytest_qlab.methods.base import Statistic, Stream
-from pytest_qlab.methods.blocks import BlockContext
 from pytest_qlab.methods.gptq import Gptq
-from pytest_qlab.methods.rtn import Rtn
-from pytest_qlab.models.load import load_model
 from pytest_qlab.models.structure import all_linears, decoder_blocks
 from pytest_qlab.solvers.gptq import gptq_solve
 from pytest_qlab.solvers.grid import GridRule
 from tests.architectures import ARCHITECTURES, CONTEXT, token_ids
-from tests.lab.tiny import documents, saved_tiny_model, tiny_lab
+from tests.lab.tiny import tiny_lab
 
 METHODS = (
     "rtn:bits=8:group_size=32",
@@ -325,13 +319,26 @@ def test_a_failed_method_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(MODEL_FILE))
 
 
+def test_a_measure_by_name_computes_no_other(tmp_path: Path) -> None:
+    candidate = tiny_lab(tmp_path).candidate("rtn:bits=3")
+    assert candidate["size"] == candidate.size
+    assert candidate["layer_error"] == candidate.layer_error
+    assert candidate["weights.cosine"] == candidate.weights.cosine
+    assert "fidelity" not in vars(candidate)
+    assert candidate["kl.mean"] == candidate.kl.mean
+    with pytest.raises(MetricError, match=r"Did you mean 'kl\.mean'"):
+        candidate["kl.maen"]
+
+
 def test_fragment_is_plain_json(tmp_path: Path) -> None:
     lab = tiny_lab(tmp_path)
     candidate = lab.candidate("awq:bits=3")
     assert candidate.fragment().measures == {}
+    assert "documents" not in vars(lab.evaluation)  # it computes nothing, and reads no text
     assert candidate.layer_error > 0
     assert candidate.top1_agreement > 0
     fragment = candidate.fragment()
+    assert set(fragment.keys) == {"quantized", "reference"}
     assert json.loads(json.dumps(fragment.model_dump(mode="json"))) == fragment.model_dump(
         mode="json"
     )
@@ -367,119 +374,3 @@ def test_the_worst_layers_are_known_once_they_were_measured(tmp_path: Path) -> N
     later = tiny_lab(tmp_path).candidate("rtn:bits=3")
     assert later.worst_layers(1) == by_error[:1]
     assert later.lab.store.built == {}
-
-
-def saved(path: Path) -> dict[str, Any]:
-    """Arguments of labs that share a store, on a model that is saved in `path`."""
-    saved_tiny_model(path / "model")
-    return {
-        "evaluation": documents(6, seed=1),
-        "calibration": documents(8, seed=2),
-        "window_length": 48,
-        "calibration_length": 32,
-        "threads": 1,
-        "store": path / "store",
-    }
-
-
-def test_a_loaded_model_is_known_by_its_own_dtype(tmp_path: Path) -> None:
-    options = saved(tmp_path)
-    path = str(tmp_path / "model")
-    narrow = Lab(load_model(path, dtype="bfloat16"), **options)
-    wide = Lab(load_model(path), **options)
-    assert narrow.base_identity() == Lab(path, dtype="bfloat16", **options).base_identity()
-    assert wide.base_identity() == Lab(path, **options).base_identity()
-    assert narrow.baseline.perplexity != wide.baseline.perplexity
-
-
-def test_some_windows_of_a_set_are_another_set(tmp_path: Path) -> None:
-    options = saved(tmp_path)
-    path = str(tmp_path / "model")
-    everything = Lab(path, **options).eval_data
-    some = replace(everything, windows=everything.windows[:3])
-    options.pop("evaluation")
-    of_all = Lab(path, evaluation=everything, **options).baseline.perplexity
-    of_some = Lab(path, evaluation=some, **options).baseline.perplexity
-    assert of_all.n == everything.scored
-    assert of_some.n == some.scored
-
-
-@pytest.mark.parametrize(
-    ("windows", "message"),
-    [
-        ((), "has no windows"),
-        ((Window(0, (5, 6, 7), 0),), "none without a token before it"),
-        ((Window(0, (5, 6, 7), 3),), "At least one token is scored"),
-        ((Window(1, (5, 6, 7), 1),), "belongs to document 1"),
-    ],
-)
-def test_windows_that_cannot_be_scored_are_refused(
-    windows: tuple[Window, ...], message: str, tmp_path: Path
-) -> None:
-    given = WindowSet("mine", "by hand", (("a", "b"),), windows, "")
-    with pytest.raises(DataError, match=message):
-        tiny_lab(tmp_path, evaluation=given)
-
-
-@pytest.mark.parametrize("sequences", [(), ((),), ((5, 6, 7), (5, 6))])
-def test_calibration_sequences_that_do_not_fit_are_refused(
-    sequences: tuple[tuple[int, ...], ...],
-) -> None:
-    with pytest.raises(DataError, match="all must have one length"):
-        CalibrationSet("mine", sequences)
-
-
-def test_an_unknown_device_is_an_error_with_the_remedy(tmp_path: Path) -> None:
-    options = saved(tmp_path)
-    with pytest.raises(ModelError, match="'abacus' cannot be used.* Give cpu"):
-        _ = Lab(str(tmp_path / "model"), device="abacus", **options).baseline.size
-
-
-def test_the_store_is_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert tiny_lab(Path("~/artefacts")).store.root == tmp_path / "artefacts"
-    assert tiny_lab(Path("artefacts")).store.root == tmp_path / "artefacts"
-
-
-class Moved(Rtn):
-    """Scales folded, though nothing is calibrated."""
-
-    name: ClassVar[str] = "moved"
-
-    def transform_block(self, block: BlockContext) -> None:
-        for fold in block.folds:
-            fold.apply(torch.full((fold.fold.channels,), 4.0))
-
-    def quantize(
-        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
-    ) -> QuantizedLayer:
-        return QuantizedLayer(PlainWeight(weight))
-
-
-class MovedStream(Moved):
-    """The same, on the outputs of quantized blocks."""
-
-    name: ClassVar[str] = "moved_stream"
-    needs: ClassVar[frozenset[Statistic]] = frozenset({"channels"})
-
-    @property
-    def stream(self) -> Stream:
-        return "quantized"
-
-
-@pytest.mark.parametrize("method", [Moved(), MovedStream()])
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_every_stream_can_transform(
-    architecture: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Calibration sequences are longer than what folds are traced on.
-    monkeypatch.setattr("pytest_qlab.methods.pipeline.TRACE_TOKENS", 8)
-    lab = tiny_lab(tmp_path, architecture)
-    checkpoint = lab.checkpoint(method)
-    assert checkpoint.scales()
-    ids = token_ids(24)
-    with torch.no_grad():
-        expected = lab.base_model(input_ids=ids).logits
-        found = instantiate(checkpoint, lab.base_model)(input_ids=ids).logits
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -68,6 +68,7 @@ def test_a_test_left_without_method_is_skipped_in_plain_sight(project: pytest.Py
     result = project.runpytest_subprocess("--qlab-methods=alpha", "-rs")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED*needs one of beta; this run compares alpha-w4*"])
+    result.stdout.no_fnmatch_line("none *")  # no row for a method that nobody has asked for
     project.makeini("[pytest]\nqlab_require_all = true")
     result = project.runpytest_subprocess("--qlab-methods=alpha")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
