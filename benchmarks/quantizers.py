@@ -15,7 +15,7 @@ from benchmarks.peers import Answer, PeerMissingError, original_weights, run_pee
 from benchmarks.settings import Benchmark, load, say
 from benchmarks.tables import Sample, Section, number, ratio, seconds
 from pytest_qlab import Lab
-from pytest_qlab.layers import original_terms
+from pytest_qlab.measuring.layers import original_terms
 from pytest_qlab.metrics.weights import WeightError, total, weight_error
 from pytest_qlab.models.source import resolve
 from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears

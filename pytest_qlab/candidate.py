@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from pytest_qlab.checkpoint import Checkpoint, instantiate
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.evaluation import evaluate
 from pytest_qlab.kernels.linear import set_materialized
-from pytest_qlab.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.evaluation import evaluate
+from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.speed import Latency, Memory, measure_latency, measure_memory
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.results import CandidateResult, LayerRow, Measure
-from pytest_qlab.speed import Latency, Memory, measure_latency, measure_memory
 from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:

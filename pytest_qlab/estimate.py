@@ -159,8 +159,23 @@ class Estimate(float):
     def __ge__(self, other: Any) -> Any:
         return self._compared(">=", other, float.__ge__(self, other))
 
+    def __abs__(self) -> Estimate:
+        """The distance from zero, still an estimate: `abs(quantized.perplexity_delta) < 0.1`."""
+        lower, upper = self.lower, self.upper
+        if float(self) < 0:
+            lower, upper = _negative(upper), _negative(lower)
+        if lower is not None and lower < 0:
+            upper = None if upper is None else max(upper, -lower)
+            lower = 0.0
+        fields = {"value": abs(float(self)), "lower": lower, "upper": upper}
+        return Estimate.from_dict(self.metric, {**self.to_dict(), **fields})
+
     def __eq__(self, other: object) -> Any:
         return float.__eq__(self, other)
+
+
+def _negative(number: float | None) -> float | None:
+    return None if number is None else -number
 
 
 def _restore(metric: str, fields: dict[str, Any]) -> Estimate:

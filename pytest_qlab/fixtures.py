@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qlab.errors import SpecError
-from pytest_qlab.overrides import Override, overrides_for
-from pytest_qlab.session import Run, run_of
+from pytest_qlab.running.overrides import Override, overrides_for
+from pytest_qlab.running.run import Run, run_of
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate

@@ -33,12 +33,12 @@ from pytest_qlab.inputs import (
     ModelInput,
 )
 from pytest_qlab.machine import processor_name
+from pytest_qlab.measuring.reference import Reference
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
 from pytest_qlab.models.load import device_kind
 from pytest_qlab.models.structure import all_linears
 from pytest_qlab.parallel import one_thread_per_operation
-from pytest_qlab.reference import Reference
 from pytest_qlab.specs import MethodSpec, parse_specs
 from pytest_qlab.store import Store, content_hash, default_store
 

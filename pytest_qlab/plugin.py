@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_qlab.controller import Controller
 from pytest_qlab.errors import NotMeasuredError, QlabError
 from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
-from pytest_qlab.explain import explain_comparison, explain_layers
 from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the plugin's names)
     _qlab_default,
     base_model,
@@ -31,9 +29,11 @@ from pytest_qlab.options import (
     on_command_line,
     read_settings,
 )
-from pytest_qlab.parametrize import parametrize, refuse_mistakes
-from pytest_qlab.payload import COMPARISONS, attach, plain_properties
-from pytest_qlab.session import RUN, Run, run_of
+from pytest_qlab.running.controller import Controller
+from pytest_qlab.running.explain import explain_comparison, explain_layers
+from pytest_qlab.running.parametrize import parametrize, refuse_mistakes
+from pytest_qlab.running.payload import COMPARISONS, attach, plain_properties
+from pytest_qlab.running.run import RUN, Run, run_of
 from pytest_qlab.xdist.plan import make_plan, write_plan
 
 MARKERS = (

@@ -12,9 +12,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -173,7 +173,9 @@ class Store:
         self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
     ) -> None:
         self._discard_abandoned(entry)
-        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+        # Not mkdtemp, whose directories no other user of a shared store could read.
+        partial = entry.with_name(f".{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        partial.mkdir()
         try:
             started = time.perf_counter()
             build(partial)

@@ -75,3 +75,17 @@ def test_round_trips() -> None:
         assert copy == estimate
         assert vars(copy) == vars(estimate)
     assert repr(estimate) == "1.5 [1, 2] nats"
+
+
+def test_the_absolute_value_is_an_estimate_too() -> None:
+    fields = {"metric": "perplexity_delta", "candidate": "c"}
+    below = abs(Estimate(-0.2, lower=-0.3, upper=-0.1, **fields))  # type: ignore[arg-type]
+    assert (float(below), below.lower, below.upper) == (0.2, 0.1, 0.3)
+    around = abs(Estimate(-0.1, lower=-0.3, upper=0.1, **fields))  # type: ignore[arg-type]
+    assert (float(around), around.lower, around.upper) == (0.1, 0.0, 0.3)
+    bounded = abs(Estimate(-0.2, upper=-0.1, **fields))  # type: ignore[arg-type]
+    assert (bounded.lower, bounded.upper) == (0.1, None)
+    seen: list[Comparison] = []
+    with observe_comparisons(seen.append):
+        assert abs(below) < 0.25
+    assert [(each.metric, each.value) for each in seen] == [("perplexity_delta", 0.2)]

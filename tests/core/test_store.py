@@ -188,3 +188,13 @@ def test_the_default_store_stays_where_it_is(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QLAB_STORE", "artefacts")
     assert default_store() == tmp_path / "artefacts"
+
+
+def test_entries_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = Store(tmp_path)
+        store.get("kind", PARTS, write("x"), read)
+    finally:
+        os.umask(before)
+    assert store.path("kind", PARTS).stat().st_mode & 0o777 == 0o755

@@ -17,7 +17,7 @@ from pytest_qlab.checkpoint import MODEL_FILE, instantiate
 from pytest_qlab.errors import MethodError, MetricError, SpecError
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.linear import PackedLinear
-from pytest_qlab.layers import original_terms
+from pytest_qlab.measuring.layers import original_terms
 from pytest_qlab.methods.awq import Awq
 from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.models.structure import all_linears, decoder_blocks

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qlab import speed
 from pytest_qlab.errors import MetricError, NotMeasuredError
+from pytest_qlab.measuring import speed
 from pytest_qlab.metrics import latency
 from tests.architectures import CONTEXT
 from tests.lab.tiny import tiny_lab

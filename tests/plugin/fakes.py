@@ -78,7 +78,7 @@ class FakeCandidate:
         return self.measure("latency.p50", 0.001, unit="s")
 
     def worst_layers(self):
-        from pytest_qlab.layers import LayerError
+        from pytest_qlab.measuring.layers import LayerError
         return [LayerError("layers.0.down", (4, 4), 4.1, 18.25, 0.99, 0.0123)]
 
     def fragment(self):

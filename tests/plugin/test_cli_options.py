@@ -8,7 +8,7 @@ from tests.plugin.fakes import QUALITY, notes_of
 
 PRINT_SETTINGS = """
 import pytest
-from pytest_qlab.session import run_of
+from pytest_qlab.running.run import run_of
 
 def test_settings(pytestconfig):
     settings = run_of(pytestconfig).settings

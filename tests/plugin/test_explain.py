@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.explain import explain_comparison
+from pytest_qlab.running.explain import explain_comparison
 from tests.plugin.fakes import QUALITY
 
 

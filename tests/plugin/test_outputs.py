@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_qlab.collector import Collector
+from pytest_qlab.running.collector import Collector
 from pytest_qlab.xdist.integrity import Integrity
 from tests.plugin.fakes import QUALITY, add_to_conftest, results_of
 

@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.payload import plain, through_json
+from pytest_qlab.running.payload import plain, through_json
 from pytest_qlab.xdist.plan import PlanEntry, is_exclusive, make_plan, read_plan, write_plan
 
 

@@ -175,7 +175,7 @@ def test_what_workers_say_about_long_work_is_shown(project: pytest.Pytester) -> 
     project.makepyfile(
         """
         import time
-        from pytest_qlab.session import run_of
+        from pytest_qlab.running.run import run_of
 
         def test_q(quantized, pytestconfig):
             run_of(pytestconfig).progress("gptq: layer 7/24")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qlab.options import Settings
-from pytest_qlab.payload import VERSION, plain
+from pytest_qlab.running.payload import VERSION, plain
 from pytest_qlab.xdist.plan import PlanEntry
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pytest_qlab.errors import QlabError, SpecError, did_you_mean
-from pytest_qlab.overrides import find_overrides, wants_parameter
-from pytest_qlab.session import Run, run_of
+from pytest_qlab.running.overrides import find_overrides, wants_parameter
+from pytest_qlab.running.run import Run, run_of
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qlab.collector import Collector
-from pytest_qlab.session import Run
+from pytest_qlab.running.collector import Collector
+from pytest_qlab.running.run import Run
 from pytest_qlab.xdist.integrity import Integrity
 from pytest_qlab.xdist.plan import read_plan
 

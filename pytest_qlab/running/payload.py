@@ -15,7 +15,7 @@ import pytest
 
 from pytest_qlab.errors import QlabError
 from pytest_qlab.estimate import Comparison
-from pytest_qlab.session import Run
+from pytest_qlab.running.run import Run
 from pytest_qlab.xdist.plan import PlanEntry
 
 VERSION = 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_qlab.errors import ModelError
-from pytest_qlab.forward import predict, targets_of
+from pytest_qlab.measuring.forward import predict, targets_of
 from pytest_qlab.metrics.divergence import (
     DenseHead,
     HiddenComparison,

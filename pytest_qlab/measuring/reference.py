@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pytest_qlab.forward import predict
+from pytest_qlab.measuring.forward import predict
 from pytest_qlab.models.head import Head, head_of
 from pytest_qlab.parallel import ordered_map
 

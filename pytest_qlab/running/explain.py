@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_qlab.estimate import Estimate
 
 if TYPE_CHECKING:
-    from pytest_qlab.layers import LayerError
+    from pytest_qlab.measuring.layers import LayerError
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 

@@ -1,0 +1,1 @@
+"""How the lab measures: predictions, comparisons, layers, latency and memory of a candidate."""
