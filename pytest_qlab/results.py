@@ -149,6 +149,10 @@ class Results(_Model):
             ) from error
 
 
+def _named(what: dict[str, Any]) -> str:
+    return f"{what.get('name')!r} with id {str(what.get('id'))[:12]}"
+
+
 def merge_results(documents: Iterable[Results]) -> Results:
     """Join the documents of several runs over the same model and text, such as CI shards.
 
@@ -165,7 +169,7 @@ def merge_results(documents: Iterable[Results]) -> Results:
             if ours.get("id") != theirs.get("id"):
                 raise DataError(
                     f"The results cannot be merged: they measured different {what}s "
-                    f"({ours.get('name')!r} and {theirs.get('name')!r}). Merge only runs over the "
+                    f"({_named(ours)} and {_named(theirs)}). Merge only runs over the "
                     "same model and evaluation set."
                 )
         for row in document.candidates:

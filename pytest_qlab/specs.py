@@ -78,7 +78,7 @@ def parse_specs(
         if not hit:
             raise SpecError(
                 f"'!{pattern}' leaves out nothing: no chosen method has that name."
-                f"{did_you_mean(pattern, [*chosen, *(s.method.name for s in chosen.values())])}"
+                f"{did_you_mean(pattern, {*chosen, *(s.method.name for s in chosen.values())})}"
             )
         for name in hit:
             del chosen[name]
@@ -112,7 +112,10 @@ def _expand(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[MethodSp
                 'configures: add a line like method = "gptq".'
             )
         label = name if not given else None
-        return [_build(base, {**table, **given}, label)]
+        try:
+            return [_build(base, {**table, **given}, label)]
+        except SpecError as error:
+            raise SpecError(f"In the configuration [tool.qlab.methods.{name}]: {error}") from error
     if name not in method_names():
         raise SpecError(f"Unknown method {name!r}.{did_you_mean(name, [*method_names(), *named])}")
     return [_build(name, given, None)]

@@ -14,6 +14,7 @@ import pytest
 
 from pytest_qlab.options import Settings
 from pytest_qlab.running.payload import VERSION, plain
+from pytest_qlab.running.subjects import SEPARATOR, Subjects
 from pytest_qlab.xdist.plan import PlanEntry
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ class Collector:
         self._outcomes: dict[str, str] = {}
         self._payloads: dict[str, dict[str, Any]] = {}
         self._counters: dict[str, dict[str, Any]] = {}
-        self._description: dict[str, Any] = {}
         self._crashed: dict[str, str] = {}
         self._started = time.monotonic()
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -51,7 +51,6 @@ class Collector:
             self._payloads[report.nodeid] = payload  # The last attempt counts.
             counters = payload["counters"]
             self._counters[counters["process"]] = counters
-            self._description = payload["description"] or self._description
 
     def _note_outcome(self, report: pytest.TestReport) -> None:
         name = report.nodeid
@@ -83,13 +82,17 @@ class Collector:
         from pytest_qlab.results import Budget, CandidateResult, Results
 
         results = Results(version=pytest_qlab.__version__, created=self._created)
+        subjects = Subjects(self._payloads)
         for name, payload in self._payloads.items():
             for fragment in payload["fragments"]:
-                results.add(CandidateResult.model_validate(fragment))
+                named = {**fragment, "id": subjects.named(name, fragment["id"])}
+                results.add(CandidateResult.model_validate(named))
             for comparison in payload["comparisons"]:
+                if not comparison["ok"] and self._outcomes.get(name) == "passed":
+                    continue  # A branch that was not taken, not a budget that was missed.
                 comparison = dict(comparison)
                 candidate = comparison.pop("candidate") or payload["group"]
-                row = _row(results, candidate, plan)
+                row = _row(results, subjects.named(name, candidate), plan)
                 row.merge(
                     CandidateResult(
                         id=row.id, method=row.method, budgets=[Budget(test=name, **comparison)]
@@ -98,10 +101,11 @@ class Collector:
         for name, outcome in self._outcomes.items():
             entry = plan.get(name)
             if entry is not None and entry.group is not None:
+                group = subjects.named(name, entry.group)
                 quiet = outcome in ("passed", "skipped") and entry.group not in order
-                if quiet and results.candidate(entry.group) is None:
+                if quiet and results.candidate(group) is None:
                     continue  # A test of no method of this run, which has measured nothing.
-                row = _row(results, entry.group, plan)
+                row = _row(results, group, plan)
                 row.tests[name] = outcome  # type: ignore[assignment]
                 row.error = self._crashed.get(name, row.error)
         ours = [name for name, entry in plan.items() if entry.group is not None]
@@ -115,9 +119,11 @@ class Collector:
             results.reused += counters["reused"]
             results.forwards += counters["forwards"]
         for part in ("model", "evaluation", "calibration", "environment"):
-            setattr(results, part, dict(self._description.get(part, {})))
+            setattr(results, part, dict(subjects.main.get(part, {})))
         places = {name: place for place, name in enumerate(order)}
-        results.candidates.sort(key=lambda row: places.get(row.id, len(places)))
+        results.candidates.sort(
+            key=lambda row: places.get(row.id.partition(SEPARATOR)[0], len(places))
+        )
         return results
 
     def finish(self, settings: Settings, exit_status: int, workers: int) -> None:
@@ -188,9 +194,10 @@ def _row(results: Results, identifier: str, plan: Mapping[str, PlanEntry]) -> Ca
 
     row = results.candidate(identifier)
     if row is None:
-        entry = next((e for e in plan.values() if e.group == identifier), PlanEntry())
+        group = identifier.partition(SEPARATOR)[0]
+        entry = next((e for e in plan.values() if e.group == group), PlanEntry())
         row = CandidateResult(
-            id=identifier, method=entry.method or identifier, options=plain(entry.options)
+            id=identifier, method=entry.method or group, options=plain(entry.options)
         )
         results.candidates.append(row)
     return row

@@ -9,6 +9,7 @@ import pytest
 from pytest_qlab.errors import QlabError, SpecError, did_you_mean
 from pytest_qlab.running.overrides import find_overrides, wants_parameter
 from pytest_qlab.running.run import Run, run_of
+from pytest_qlab.xdist.integrity import NOT_SELECTED
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -67,7 +68,7 @@ def _pass_methods(metafunc: pytest.Metafunc, run: Run) -> None:
     run.emptied.append(f"{metafunc.definition.nodeid}: {reason}")
     metafunc.parametrize(
         "quantized",
-        [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="not-selected")],
+        [pytest.param(None, marks=pytest.mark.skip(reason=reason), id=NOT_SELECTED)],
         indirect=True,
         scope="session",
     )

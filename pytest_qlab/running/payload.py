@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -112,7 +112,7 @@ def _labs(run: Run, item: pytest.Item) -> list[Any]:
 
 
 def _fragments(
-    item: pytest.Item, labs: Iterable[Any], compared: set[str]
+    item: pytest.Item, labs: Sequence[Any], compared: set[str]
 ) -> dict[str, dict[str, Any]]:
     """What was measured on the test's candidates, by id."""
     candidates = [
@@ -120,7 +120,7 @@ def _fragments(
         for name, value in getattr(item, "funcargs", {}).items()
         if name in ("quantized", "baseline") or type(value).__name__ == "Candidate"
     ]
-    for lab in labs:
+    for lab in reversed(labs):  # The test's own first: others may have candidates of the same id.
         known = lab.candidates
         candidates += [found for found in known.values() if getattr(found, "id", None) in compared]
     fragments: dict[str, dict[str, Any]] = {}
@@ -132,15 +132,15 @@ def _fragments(
     return fragments
 
 
-def _description(labs: Iterable[Any]) -> dict[str, Any]:
-    for lab in reversed(list(labs)):
-        describe = getattr(lab, "describe", None)
-        if describe is not None:
-            try:
-                return dict(describe())
-            except (QlabError, OSError):
-                continue  # The test itself fails over it, with the message.
-    return {}
+def _description(labs: Sequence[Any]) -> dict[str, Any]:
+    """What the test's own lab, the last one, measures on."""
+    describe = getattr(labs[-1], "describe", None) if labs else None
+    if describe is None:
+        return {}
+    try:
+        return dict(describe())
+    except (QlabError, OSError):
+        return {}  # The test itself fails over it, with the message.
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

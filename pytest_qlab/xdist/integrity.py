@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
+NOT_SELECTED = "not-selected"
 INTERNAL_ERROR = int(pytest.ExitCode.INTERNAL_ERROR)
 
 
@@ -67,6 +68,15 @@ class Integrity:
             )
             if quiet:
                 status = INTERNAL_ERROR
+        emptied = {name for name in self._candidates if NOT_SELECTED in name.rpartition("[")[2]}
+        if emptied and emptied == self._candidates and ran:
+            self.problems.append(
+                "no test is left for the methods of this run: "
+                f"{', '.join(sorted(emptied)[:3])}{', ...' if len(emptied) > 3 else ''} "
+                "run for other methods only. Choose one of theirs with --qlab-methods."
+            )
+            if quiet:
+                status = int(pytest.ExitCode.USAGE_ERROR)
         skipped = sorted(self._skipped & self._candidates)
         if skipped and self.require_all:
             self.problems.append(

@@ -48,6 +48,8 @@ def test_named_configurations() -> None:
     assert ids("release", release=release) == ["release"]
     assert ids("release:group_size=64", release=release) == ["gptq-w3g64"]
     assert ids("rel*", release=release) == ["release"]
+    with pytest.raises(SpecError, match=r"\[tool.qlab.methods.release\].*no option 'bitz'"):
+        ids("release", release={"method": "gptq", "bitz": 3})
     with pytest.raises(SpecError, match='method = "gptq"'):
         ids("release", release={"bits": 3})
 
