@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -104,6 +104,22 @@ class Estimate(float):
         self.simulated = simulated
         self.detail = detail
         return self
+
+    @classmethod
+    def exactly(
+        cls, values: Mapping[str, tuple[float | None, str]], **fields: Any
+    ) -> dict[str, Self]:
+        """Counted numbers, whose intervals have no width, by metric.
+
+        Args:
+            values: value and unit of each metric; those without a value are left out.
+            fields: the rest, alike for all.
+        """
+        return {
+            metric: cls(value, metric=metric, lower=value, upper=value, unit=unit, **fields)
+            for metric, (value, unit) in values.items()
+            if value is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the name: the form in which results cross processes."""

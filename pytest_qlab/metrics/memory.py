@@ -144,26 +144,19 @@ class MemoryUse:
 
     def estimates(self, candidate: str = "", *, simulated: bool = False) -> dict[str, Estimate]:
         """memory.resident, memory.peak, and memory.kv_per_token where it is known; bytes."""
-        values = {
-            "memory.resident": self.resident,
-            "memory.peak": self.peak,
-            "memory.kv_per_token": self.kv_bytes_per_token,
+        fields: dict[str, Any] = {
+            "candidate": candidate,
+            "convention": self.convention,
+            "detail": f"weights {self.resident:,} bytes, a forward pass adds {self.temporary:,}",
         }
-        detail = f"weights {self.resident:,} bytes, a forward pass adds {self.temporary:,}"
+        counted: dict[str, tuple[float | None, str]] = {
+            "memory.resident": (self.resident, "bytes"),
+            "memory.kv_per_token": (self.kv_bytes_per_token, "bytes"),
+        }
+        peak = {"memory.peak": (self.peak, "bytes")}
         return {
-            metric: Estimate(
-                value,
-                metric=metric,
-                candidate=candidate,
-                lower=value,
-                upper=value,
-                unit="bytes",
-                convention=self.convention,
-                simulated=simulated and metric == "memory.peak",
-                detail=detail,
-            )
-            for metric, value in values.items()
-            if value is not None
+            **Estimate.exactly(counted, **fields),
+            **Estimate.exactly(peak, simulated=simulated, **fields),
         }
 
 

@@ -117,17 +117,6 @@ class Size:
             "bits_per_weight": (self.bits_per_weight, "bits"),
             "compression_ratio": (self.compression_ratio, ""),
         }
-        return {
-            metric: Estimate(
-                value,
-                metric=metric,
-                candidate=candidate,
-                lower=value,
-                upper=value,
-                unit=unit,
-                convention="stored tensors",
-                detail=detail,
-            )
-            for metric, (value, unit) in values.items()
-            if value is not None
-        }
+        return Estimate.exactly(
+            values, candidate=candidate, convention="stored tensors", detail=detail
+        )

@@ -67,20 +67,8 @@ class WeightError:
             "weights.cosine": (self.cosine, ""),
             "layer_error": (self.relative_output_error, ""),
         }
-        return {
-            metric: Estimate(
-                value,
-                metric=metric,
-                candidate=candidate,
-                lower=value,
-                upper=value,
-                n=self.weights,
-                unit=unit,
-                detail=f"{self.weights:,} weights in {self.layers} layers",
-            )
-            for metric, (value, unit) in values.items()
-            if value is not None
-        }
+        detail = f"{self.weights:,} weights in {self.layers} layers"
+        return Estimate.exactly(values, candidate=candidate, n=self.weights, detail=detail)
 
 
 def _decibels(signal: float, error: float) -> float:

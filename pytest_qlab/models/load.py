@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pytest_qlab.errors import ModelError, did_you_mean
+from pytest_qlab.models.checks import check_causal, prepare
 from pytest_qlab.models.digest import digest_of, digest_of_directory
-from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.source import (
     EMBEDDED,
     checkpoint_dtypes,
@@ -97,7 +97,7 @@ def load_model(
     where = _device(device)
     directory = resolve(source, revision)
     config = read_config(directory, source)
-    _check_causal(config, source, trust_remote_code)
+    check_causal(config, source, trust_remote_code)
     stored = checkpoint_dtypes(directory, source)
     tokenizer = _load_tokenizer(directory, source, trust_remote_code)
     with _quiet():
@@ -122,7 +122,7 @@ def load_model(
             f"config.json calls for, the first being {missing[0]}. Check that both belong "
             "together, or download the model again."
         )
-    _prepare(model, tokenizer, source)
+    prepare(model, tokenizer, source)
     _move(model, where)
     return LoadedModel(
         model=model,
@@ -167,7 +167,7 @@ def from_memory(
         parameter.data = parameter.data.to(compute)
     if device is not None:
         _move(used, _device(device))
-    _prepare(used, tokenizer, name)
+    prepare(used, tokenizer, name)
     return LoadedModel(used, tokenizer, name, digest, _storage_dtypes(used, stored, compute))
 
 
@@ -196,7 +196,7 @@ def context_length(
         from transformers import AutoConfig
 
         directory = resolve(source, revision)
-        _check_causal(read_config(directory, source), source, trust_remote_code)
+        check_causal(read_config(directory, source), source, trust_remote_code)
         with _quiet():
             try:
                 config = AutoConfig.from_pretrained(
@@ -258,36 +258,6 @@ def _no_device(name: str, error: Exception) -> ModelError:
     )
 
 
-def _check_causal(config: Mapping[str, Any], source: str, trust_remote_code: bool) -> None:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    model_type = config.get("model_type")
-    custom = "AutoModelForCausalLM" in config.get("auto_map", {})
-    if custom and trust_remote_code:
-        return
-    if not isinstance(model_type, str):
-        raise ModelError(
-            f"The config.json of the model {source!r} names no model_type, so it is not known "
-            "which architecture it is. Give a model saved by transformers."
-        )
-    if model_type not in CONFIG_MAPPING:
-        remedy = (
-            "it comes with its own modelling code, which --qlab-trust-remote-code would run"
-            if custom
-            else "upgrade transformers if the model is newer than it, or give another model"
-        )
-        raise ModelError(
-            f"The model {source!r} is of type {model_type!r}, which the installed transformers "
-            f"does not know: {remedy}."
-        )
-    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"The model {source!r} is of type {model_type!r}, which is not a causal language "
-            "model: it cannot predict each token of a text from those before it. Give a model "
-            "that AutoModelForCausalLM can load."
-        )
-
-
 def _load_tokenizer(
     directory: Path, source: str, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
@@ -314,73 +284,6 @@ def _load_tokenizer(
     warned = getattr(tokenizer, "deprecation_warnings", {})
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
-
-
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Put a model in the state that LoadedModel promises, and check it."""
-    model.train(False)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ModelError(
-                f"The weights of the model {source!r} are not all finite: {name} holds {bad} "
-                f"values that are NaN or infinite, of {value.numel()}. If it was saved in float16 "
-                "it may have overflowed: save it in bfloat16 or float32, or download it again."
-            )
-    _check_vocabulary(model, tokenizer, source)
-    unfuse_experts(model)
-    _check_no_look_ahead(model, source)
-
-
-def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
-) -> None:
-    """No ordinary token may lie outside the embedding; added special tokens are never produced."""
-    rows = _embedding_rows(model)
-    added = {
-        index
-        for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
-        if token.special
-    }
-    highest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
-    if highest >= rows:
-        raise ModelError(
-            f"The tokenizer of the model {source!r} has token ids up to {highest}, but the model's "
-            f"embedding has only {rows} rows. The tokenizer belongs to another model: save the "
-            "right one beside the weights, or resize the model's embeddings."
-        )
-
-
-def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
-    """Earlier logits must not depend on later tokens (an encoder loads as a causal model too)."""
-    rows = _embedding_rows(model)
-    ids = torch.arange(8, device=model.device).remainder(rows)[None]
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % rows
-    with torch.no_grad():
-        first, second = (model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
-    if not bool(torch.isfinite(first).all()):
-        raise ModelError(
-            f"The model {source!r} computes logits that are not finite although its weights are. "
-            "A wider dtype may help: --qlab-dtype=float32."
-        )
-    change, size = _norm(first - second), _norm(first)
-    if change > (1e-3 if first.dtype == torch.float32 else 1e-2) * size:
-        raise ModelError(
-            f"The model {source!r} ({type(model).__name__}) is not a causal language model: its "
-            "prediction for a token depends on the tokens after it. Give a decoder model, not an "
-            "encoder such as BERT."
-        )
-
-
-def _embedding_rows(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().get_parameter("weight").shape[0])
-
-
-def _norm(value: Tensor) -> float:
-    return float(value.float().norm())
 
 
 def _storage_dtypes(
