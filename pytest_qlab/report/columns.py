@@ -267,6 +267,18 @@ KNOWN: tuple[Column, ...] = (
         rank=22,
     ),
     Column(
+        "memory.kv_per_token",
+        "KV per token",
+        "KV/tok",
+        "bytes that one token adds to the key-value cache",
+        kind="bytes",
+        better="lower",
+        group="Memory and speed",
+        most=1,
+        primary=False,
+        rank=23,
+    ),
+    Column(
         "memory.peak",
         "Peak memory",
         "peak",

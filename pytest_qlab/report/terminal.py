@@ -51,7 +51,7 @@ def render_terminal(results: Results, width: int) -> list[str]:
         lines.append("failures:")
         for failure in failures:
             lines += _wrapped(failure, width, "  ")
-    for note in _notes(table, results, left_out):
+    for note in _notes(table, results, body, left_out):
         lines += _wrapped(note, width, "")
     return lines
 
@@ -176,11 +176,13 @@ def _failures(table: Table) -> Iterator[str]:
                 yield clean(f"{row.candidate.id}: {outcome} in {test}")
 
 
-def _notes(table: Table, results: Results, left_out: Sequence[str]) -> Iterator[str]:
+def _notes(
+    table: Table, results: Results, body: Sequence[str], left_out: Sequence[str]
+) -> Iterator[str]:
     cells = [cell for row in table.rows for cell in row.cells]
     if any(cell.ok is False for cell in cells):
         yield "!  a budget was not kept"
-    if any(cell.simulated for cell in cells):
+    if any("~" in line for line in body):
         kernels = sorted({r.candidate.kernel for r in table.rows if r.candidate.simulated})
         through = f" ({', '.join(k for k in kernels if k)})" if any(kernels) else ""
         yield clean(

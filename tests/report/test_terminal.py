@@ -119,3 +119,12 @@ def test_any_document_becomes_a_page_and_markdown(results: Results) -> None:
     assert render_page(results).endswith("</html>\n")
     assert len(render_markdown(results).encode()) < 60_000
     assert render_csv(results).startswith("id,method,")
+
+
+def test_simulated_is_explained_only_where_it_is_marked() -> None:
+    measured = {"memory.peak": Measure(value=2.0**20, unit="bytes", simulated=True)}
+    row = CandidateResult(id="rtn-w4", method="rtn", kernel="dequantize-matmul", simulated=True)
+    unmarked = Results(candidates=[row])
+    marked = Results(candidates=[row.model_copy(update={"measures": measured})])
+    assert not any("simulated" in line for line in render_terminal(unmarked, 100))
+    assert any("simulated" in line for line in render_terminal(marked, 100))
