@@ -127,6 +127,7 @@ def held_out_rows(corpus: Path, domain: str, limit: int, length: int = CONTEXT) 
 @torch.no_grad()
 def mean_loss(loss: LossFunction, rows: Tensor, at_once: int = 4) -> float:
     """Mean loss over rows of equal length; the last incomplete group of rows is left out."""
+    at_once = min(at_once, len(rows))
     starts = range(0, len(rows) - at_once + 1, at_once)
     return sum(float(loss(rows[i : i + at_once])) for i in starts) / len(starts)
 
