@@ -35,6 +35,22 @@ class Document:
     text: str
 
 
+def check_name(name_or_path: str) -> None:
+    """Whether there is text of that name at all, without reading any.
+
+    Raises:
+        DataError: no such name, file or directory.
+    """
+    names = [EMBEDDED, *DOMAINS, *HUB_DATASETS]
+    path = Path(name_or_path).expanduser()
+    if name_or_path not in names and not path.is_dir() and not path.is_file():
+        raise DataError(
+            f"There is no text file or directory {name_or_path!r}, and no data set of that name."
+            f"{did_you_mean(name_or_path, names)} Or give the path of a .txt, .jsonl, .json or "
+            ".parquet file, or of a directory of .txt files."
+        )
+
+
 def load_documents(
     name_or_path: str, *, split: Split = "evaluation", text_key: str = "text"
 ) -> list[Document]:
@@ -54,6 +70,7 @@ def load_documents(
         DataError: no such name or file, nothing in it, or it cannot be read.
         MissingExtraError: parquet or a Hub data set without the extra `datasets`.
     """
+    check_name(name_or_path)
     if name_or_path == EMBEDDED:
         return [document for domain in DOMAINS for document in _embedded(domain, split)]
     if name_or_path in DOMAINS:
@@ -66,15 +83,8 @@ def load_documents(
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         documents = _directory(path)
-    elif path.is_file():
-        documents = _file(path, text_key)
     else:
-        names = [EMBEDDED, *DOMAINS, *HUB_DATASETS]
-        raise DataError(
-            f"There is no text file or directory {name_or_path!r}, and no data set of that name."
-            f"{did_you_mean(name_or_path, names)} Or give the path of a .txt, .jsonl, .json or "
-            ".parquet file, or of a directory of .txt files."
-        )
+        documents = _file(path, text_key)
     if not documents:
         raise DataError(
             f"There is no text in {name_or_path!r}: every document in it is empty. Give a file "

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qlab.errors import QlabError
-from pytest_qlab.options import Settings, available_cores, explicitly_set, read_settings
+from pytest_qlab.options import (
+    Settings,
+    available_cores,
+    explicitly_set,
+    on_command_line,
+    read_settings,
+)
 from pytest_qlab.xdist.locks import MachineLock, machine_lock_directory
 from pytest_qlab.xdist.plan import PlanEntry
 from pytest_qlab.xdist.progress import (
@@ -113,6 +119,26 @@ class Run:
             _ = self.settings
             if self.settings.methods or self.settings.configurations:
                 _ = self.specs
+        self._check_text_names()
+
+    def _check_text_names(self) -> None:
+        """One error for a mistyped name on the command line, not one for each candidate."""
+        given = {
+            "eval": self.settings.evaluation if on_command_line(self.config, "eval") else (),
+            "calibration": self.settings.calibration
+            if on_command_line(self.config, "calibration")
+            else (),
+        }
+        if not any(given.values()):
+            return
+        from pytest_qlab.data.text import check_name
+
+        for option, names in given.items():
+            for name in names:
+                try:
+                    check_name(name)
+                except QlabError as error:
+                    raise pytest.UsageError(f"--qlab-{option}: {error}") from error
 
     def progress(self, line: str) -> None:
         """Show a line about long work, in whichever way this process can."""

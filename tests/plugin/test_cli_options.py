@@ -204,3 +204,16 @@ def test_the_store_is_named_by_the_platform(
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_store() == tmp_path / "pytest-qlab"
+
+
+@pytest.mark.parametrize("option", ["eval", "calibration"])
+def test_a_mistyped_text_is_one_error_before_anything_runs(
+    project: pytest.Pytester, option: str
+) -> None:
+    project.makepyfile("def test_q(quantized):\n    pass\n")
+    arguments = (f"--qlab-{option}=wikitext", "--qlab-methods=alpha,beta", "-p", "no:cacheprovider")
+    result = project.runpytest_subprocess(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    text = "\n".join([*result.outlines, *result.errlines])
+    assert text.count("Did you mean 'wikitext2'") == 1
+    assert f"--qlab-{option}:" in text
