@@ -86,7 +86,7 @@ class Candidate:
     def fidelity(self) -> Fidelity:
         """All measures of how far the candidate's predictions are from the base model's."""
         lab = self.lab
-        checkpoint = self.checkpoint
+        _ = self.checkpoint  # which notes the sizes
         parts = {
             "reference": lab.reference.identity(),
             "quantized": lab.quantized_identity(self.method),
@@ -119,7 +119,6 @@ class Candidate:
         # The base model's perplexity is the same for all; its own row has it.
         found = fidelity.estimates()
         self._note({k: e for k, e in found.items() if not k.startswith("base_perplexity")})
-        self._note(checkpoint.size.estimates(self.id))
         return fidelity
 
     @property
@@ -276,8 +275,8 @@ class Candidate:
         _ = self.checkpoint  # which notes the sizes
         if metric not in self._measured:
             found = {
+                **self._measured,
                 **self.fidelity.estimates(),
-                **self.checkpoint.size.estimates(self.id),
                 **self._layer_errors.total.estimates(self.id),
             }
             return self._from(found, metric)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A quantized model as it lies on disk; tensors are memory-mapped."""
+    """A quantized model as it lies on disk; tensors are read when they are asked for."""
 
     directory: Path
     index: dict[str, Any]
@@ -78,10 +79,9 @@ class Checkpoint:
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers, by name."""
         grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in _load(self.directory / MODEL_FILE).items():
-            if key.startswith("layers."):
-                name, part, field = key.removeprefix("layers.").rsplit(".", 2)
-                grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
+        for key, tensor in _load(self.directory / MODEL_FILE, "layers.").items():
+            name, part, field = key.rsplit(".", 2)
+            grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
         return {
             name: _read_layer(meta, grouped.get(name, {}))
             for name, meta in self.index["layers"].items()
@@ -89,12 +89,7 @@ class Checkpoint:
 
     def others(self) -> dict[str, Tensor]:
         """All parameters that are not quantized, by name, in the dtype they are stored in."""
-        tensors = _load(self.directory / MODEL_FILE)
-        return {
-            key.removeprefix("model."): tensor
-            for key, tensor in tensors.items()
-            if key.startswith("model.")
-        }
+        return _load(self.directory / MODEL_FILE, "model.")
 
     def scales(self) -> dict[str, dict[str, Tensor]]:
         """Per layer the `column` and `row` scale that folds applied, where there are any."""
@@ -163,13 +158,18 @@ def layer_bytes(layer: QuantizedLayer) -> int:
     return layer.weight.nbytes + sum(tensor.nbytes for tensor in activation.values())
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, where they start at a multiple of 64 bytes, as torch allocates them.
+def _load(file: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file under a prefix, by the rest of their names, aligned as torch allocates.
 
     Matrix products of memory that starts elsewhere may add in another order, and then even an exact
     copy of a model does not give the same bits.
     """
-    tensors = load_file(file)
+    with safe_open(file, framework="pt") as stored:
+        tensors = {
+            key.removeprefix(prefix): stored.get_tensor(key)
+            for key in stored.keys()  # noqa: SIM118  (it is no mapping)
+            if key.startswith(prefix)
+        }
     return {key: t.clone() if t.data_ptr() % ALIGNMENT else t for key, t in tensors.items()}
 
 

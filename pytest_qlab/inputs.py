@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pytest_qlab.data.text import Document, load_documents
+from pytest_qlab.data.text import Document, Split, load_documents
 from pytest_qlab.data.windows import (
     WindowSet,
     calibration_sequences,
@@ -285,7 +285,7 @@ class CalibrationInput:
 
 
 def read_documents(
-    given: str | Sequence[str] | Sequence[Document], *, split: str, text_key: str
+    given: str | Sequence[str] | Sequence[Document], *, split: Split, text_key: str
 ) -> list[Document]:
     """Documents from names or paths (also several, separated by commas), or as they are given."""
     names: list[str | Document] = [given] if isinstance(given, str) else list(given)
@@ -297,7 +297,7 @@ def read_documents(
         for name in filter(None, (piece.strip() for piece in each.split(","))):
             documents += load_documents(
                 name,
-                split="evaluation" if split == "evaluation" else "calibration",
+                split=split,
                 text_key=text_key,
             )
     if not documents:

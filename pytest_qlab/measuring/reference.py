@@ -52,7 +52,7 @@ class Reference:
         """For each window, the final hidden states or logits that predict its scored tokens."""
         directory = self._lab.store.get("reference", self.identity(), self._build, Path)
         joined = load_file(directory / PREDICTIONS)["predictions"]
-        lengths = [len(window.ids) - window.first_scored for window in self._lab.eval_data.windows]
+        lengths = [window.scored for window in self._lab.eval_data.windows]
         return list(torch.split(joined, lengths))
 
     def _build(self, directory: Path) -> None:
@@ -79,7 +79,7 @@ class Reference:
                 "convention": lab.evaluation.convention,
                 "windows": len(windows),
                 "documents": len({window.document for window in windows}),
-                "tokens": sum(len(window.ids) - window.first_scored for window in windows),
+                "tokens": lab.eval_data.scored,
             },
         }
         (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")

@@ -153,13 +153,7 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
                 simulated=bool(wanted),
             )
         lab.count_forwards(2 * len(found.rounds))
-        if found.disturbed:
-            raise NotMeasuredError(
-                f"The latency of {candidate.id} was not measured: another process held the CPU in "
-                f"{len(found.rounds) - len(found.quiet)} of {len(found.rounds)} rounds (this one "
-                f"got {found.cpu_share:.0%} of its {threads} thread), also when it was tried "
-                "again. Run on a quiet machine."
-            )
+        found.usable()  # A disturbed measurement is raised over, not stored.
         return found.to_dict()
 
     return PairedLatency.from_dict(lab.store.json("latency", parts, compute))

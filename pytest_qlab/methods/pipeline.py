@@ -15,6 +15,7 @@ from pytest_qlab.errors import MethodError
 from pytest_qlab.kernels.linear import PackedLinear, set_materialized
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
+from pytest_qlab.methods.inputs import check_weight
 from pytest_qlab.models.folds import discover_folds
 from pytest_qlab.models.structure import (
     LinearSite,
@@ -181,11 +182,7 @@ class _Pass:
 
     def _quantize(self, layer: LayerContext) -> None:
         weight = layer.site.weight()
-        if not torch.isfinite(weight).all():
-            raise MethodError(
-                f"{self.method.id} cannot quantize {layer.name}: its weight holds NaN or infinite "
-                "values. Check the checkpoint."
-            )
+        check_weight(weight, layer.name)
         quantized = self.method.quantize(weight, layer.statistics, name=layer.name)
         self.result.layers[layer.name] = quantized
         if layer.site.bias is not None:

@@ -114,13 +114,13 @@ class PairedLatency:
     @cached_property
     def baseline(self) -> LatencyQuantiles:
         """p50 and p99 of the baseline."""
-        return self._quantiles(self.baseline_id, [r.baseline for r in self._usable()], False)
+        return self._quantiles(self.baseline_id, [r.baseline for r in self.usable()], False)
 
     @cached_property
     def candidate(self) -> LatencyQuantiles:
         """p50 and p99 of the candidate."""
         return self._quantiles(
-            self.candidate_id, [r.candidate for r in self._usable()], self.simulated
+            self.candidate_id, [r.candidate for r in self.usable()], self.simulated
         )
 
     @cached_property
@@ -129,7 +129,7 @@ class PairedLatency:
 
         The interval comes from resampling rounds, so that what moves both in a round cancels.
         """
-        rounds = self._usable()
+        rounds = self.usable()
         value, lower, upper = median_ratio(
             [r.candidate for r in rounds], [r.baseline for r in rounds], seed=self.seed
         )
@@ -158,7 +158,12 @@ class PairedLatency:
         rounds = tuple(Round(**each) for each in rest.pop("rounds"))
         return cls(rounds=rounds, **rest)
 
-    def _usable(self) -> tuple[Round, ...]:
+    def usable(self) -> tuple[Round, ...]:
+        """The quiet rounds, if they are enough.
+
+        Raises:
+            NotMeasuredError: too many rounds were disturbed.
+        """
         if self.disturbed:
             raise NotMeasuredError(
                 f"Latency was not measured: in {len(self.rounds) - len(self.quiet)} of "
