@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.ggml import benchmark_ggml
 from benchmarks.peers import PeerError
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "suite": benchmark_suite,
     "store": benchmark_store,
     "workers": benchmark_workers,
+    "ggml": benchmark_ggml,
 }
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from pytest_qlab.checkpoint import Checkpoint, instantiate
-from pytest_qlab.errors import MetricError, did_you_mean
+from pytest_qlab.errors import MethodError, MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.kernels.linear import set_materialized
-from pytest_qlab.measuring.evaluation import evaluate
+from pytest_qlab.kernels.packed import set_materialized
+from pytest_qlab.measuring.evaluation import evaluate, evaluate_engine
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
 from pytest_qlab.measuring.speed import Latency, Memory, measure_latency, measure_memory
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
@@ -25,7 +25,9 @@ from pytest_qlab.results import CandidateResult, LayerRow, Measure
 from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
+    from pytest_qlab.metrics.tokens import TokenArrays
     from pytest_qlab.specs import MethodSpec
 
 FIDELITY_VERSION = 2
@@ -71,10 +73,47 @@ class Candidate:
         """The quantized model, which runs its packed layers; a transformers causal LM."""
         return instantiate(self.checkpoint, self.lab.base_model)
 
+    def engine(self, *, threads: int = 1) -> Engine | None:
+        """The runtime that the method brings, with the packed model open in it; mostly None.
+
+        To be closed by the caller.
+        """
+        return self.method.engine(self.checkpoint.directory, threads=threads)
+
     @property
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
         return self.lab.tokenizer
+
+    def save_gguf(self, path: str | Path) -> tuple[str, ...]:
+        """Write the packed model as a GGUF file that llama.cpp loads; nothing is rounded.
+
+        Returns:
+            Sentences on what llama.cpp will do otherwise when it tokenizes text itself.
+
+        Raises:
+            MissingExtraError: the package `gguf` is not installed.
+            MethodError: no type of a GGUF file holds the values of some layer.
+            ModelError: the architecture or the tokenizer cannot be expressed.
+            StoreError: the file cannot be written.
+        """
+        from pytest_qlab.engines.gguf.writer import write_gguf
+
+        checkpoint = self.checkpoint
+        packed = {**checkpoint.layers(), **checkpoint.embeddings()}
+        rounded = next((name for name, layer in packed.items() if layer.activation), None)
+        if rounded is not None:
+            raise MethodError(
+                f"{self.id} quantizes the inputs of {rounded}, which a GGUF file cannot say. Write "
+                "a method that quantizes weights alone."
+            )
+        return write_gguf(
+            Path(path),
+            self.lab.loaded,
+            weights={name: layer.weight for name, layer in packed.items()},
+            others=checkpoint.others(),
+            file_type=str(getattr(self.method, "type", "")),
+        )
 
     def release(self) -> None:
         """Let go of the model in memory; it is read again from the store when next used."""
@@ -95,11 +134,7 @@ class Candidate:
 
         def build(directory: Path) -> None:
             lab.progress(f"{self.id}: evaluating")
-            set_materialized(self.model, True)
-            try:
-                tokens = evaluate(lab, self.model)
-            finally:
-                set_materialized(self.model, False)
+            tokens = self._evaluate()
             save_file(tokens.to_tensors(), directory / "tokens.safetensors")
             facts = {
                 "domains": [domain for _, domain in lab.eval_data.documents],
@@ -120,6 +155,17 @@ class Candidate:
         found = fidelity.estimates()
         self._note({k: e for k, e in found.items() if not k.startswith("base_perplexity")})
         return fidelity
+
+    def _evaluate(self) -> TokenArrays:
+        engine = self.engine(threads=self.lab.threads)
+        if engine is not None:
+            with engine:
+                return evaluate_engine(self.lab, engine)
+        set_materialized(self.model, True)
+        try:
+            return evaluate(self.lab, self.model)
+        finally:
+            set_materialized(self.model, False)
 
     @property
     def perplexity(self) -> Estimate:

@@ -1,10 +1,11 @@
 """A quantized model on disk: everything that has to be shipped, packed, in one safetensors file.
 
 `model.safetensors` holds the packed tensors of every quantized layer under
-`layers.NAME.weight.*` (and `.activation.*`), and every other parameter under `model.NAME` in the
-dtype that the original checkpoint stores it in. Its size, less the header, is the size that the
-compression ratio is computed from. `qlab.json` says how to read it; `scales.safetensors` keeps what
-folds did to each layer, which only the per-layer error report needs.
+`layers.NAME.weight.*` (and `.activation.*`), those of a quantized embedding or head under
+`embeddings.NAME.weight.*`, and every other parameter under `model.NAME` in the dtype that the
+method says, or that the original checkpoint stores it in. Its size, less the header, is the size
+that the compression ratio is computed from. `qlab.json` says how to read it; `scales.safetensors`
+keeps what folds did to each layer, which only the per-layer error report needs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
+from pytest_qlab.kernels.embedding import PackedEmbedding
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
@@ -77,14 +79,21 @@ class Checkpoint:
         )
 
     def layers(self) -> dict[str, QuantizedLayer]:
-        """The quantized layers, by name."""
+        """The quantized layers of the decoder blocks, by name."""
+        return self._packed("layers")
+
+    def embeddings(self) -> dict[str, QuantizedLayer]:
+        """The input embedding and the output head where they are quantized, by name."""
+        return self._packed("embeddings")
+
+    def _packed(self, kind: str) -> dict[str, QuantizedLayer]:
         grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in _load(self.directory / MODEL_FILE, "layers.").items():
+        for key, tensor in _load(self.directory / MODEL_FILE, f"{kind}.").items():
             name, part, field = key.rsplit(".", 2)
             grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
         return {
             name: _read_layer(meta, grouped.get(name, {}))
-            for name, meta in self.index["layers"].items()
+            for name, meta in self.index[kind].items()
         }
 
     def others(self) -> dict[str, Tensor]:
@@ -102,19 +111,22 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedModel) -> None:
-    """Write `quantized`, made from `loaded`, into an empty directory."""
+    """Write `quantized`, made from `loaded`, into a directory without a checkpoint."""
     packed = {
-        f"layers.{name}.{part}.{field}": tensor
-        for name, layer in quantized.layers.items()
+        f"{kind}.{name}.{part}.{field}": tensor
+        for kind, layers in (("layers", quantized.layers), ("embeddings", quantized.embeddings))
+        for name, layer in layers.items()
         for part, holder in (("weight", layer.weight), ("activation", layer.activation))
         if holder is not None
         for field, tensor in holder.tensors().items()
     }
-    weights = {f"{name}.weight" for name in quantized.layers}
+    weights = {f"{name}.weight" for name in (*quantized.layers, *quantized.embeddings)}
     others = {
         f"model.{name}": quantized.changed[name]
         if name in quantized.changed
-        else parameter.detach().to(loaded.storage_dtypes.get(name, parameter.dtype)).cpu()
+        else parameter.detach()
+        .to(quantized.stored_dtype or loaded.storage_dtypes.get(name, parameter.dtype))
+        .cpu()
         for name, parameter in loaded.model.named_parameters()
         if name not in weights
     }
@@ -131,20 +143,27 @@ def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedMo
             },
             directory / SCALES_FILE,
         )
+    embeddings = quantized.embeddings
     runners = [_module(layer, None, torch.float32) for layer in quantized.layers.values()]
     parameters = dict(loaded.model.named_parameters())
     index = {
         "layers": {name: describe_layer(layer) for name, layer in quantized.layers.items()},
+        "embeddings": {name: describe_layer(layer) for name, layer in quantized.embeddings.items()},
         "seconds": quantized.seconds,
         "forwards": quantized.forwards,
-        "kernel": ", ".join(sorted({runner.kernel for runner in runners})),
-        "wanted_kernels": sorted({each.wanted_kernel for each in runners if each.simulated}),
+        "kernel": quantized.kernel or ", ".join(sorted({runner.kernel for runner in runners})),
+        "wanted_kernels": []
+        if quantized.kernel
+        else sorted({each.wanted_kernel for each in runners if each.simulated}),
         "size": {
             "layers": [
                 (name, layer.weight.shape, layer_bytes(layer))
                 for name, layer in quantized.layers.items()
             ],
-            "others": {key: tensor.nbytes for key, tensor in others.items()},
+            "others": {
+                **{f"embeddings.{name}": layer_bytes(each) for name, each in embeddings.items()},
+                **{key: tensor.nbytes for key, tensor in others.items()},
+            },
             "parameters": sum(each.numel() for each in parameters.values()),
             "base_bytes": loaded.nbytes,
         },
@@ -193,6 +212,7 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
     reference = next(base.parameters())
     originals = dict(base.named_parameters())
     with torch.no_grad():
+        _place_embeddings(model, checkpoint.embeddings(), reference)
         for name, tensor in checkpoint.others().items():
             value = tensor.to(dtype=originals[name].dtype, device=reference.device)
             if not torch.equal(value, originals[name]):
@@ -203,6 +223,36 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
             module = _module(layer, site.bias, reference.dtype)
             site.replace(model, module.to(reference.device))
     return model.eval()
+
+
+def _place_embeddings(
+    model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor
+) -> None:
+    """Put quantized embeddings in their places, and a head that is tied to one beside it."""
+    for name, layer in embeddings.items():
+        module = model.get_submodule(name)
+        tied = [
+            other
+            for other, each in model.named_modules()
+            if other != name and each._parameters.get("weight") is module.get_parameter("weight")
+        ]
+        for place in (name, *tied):
+            _place(model, place, layer, like)
+
+
+def _place(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> None:
+    module = model.get_submodule(name)
+    packed: nn.Module
+    if type(module) is nn.Embedding:
+        packed = PackedEmbedding(layer.weight, like.dtype)
+    elif isinstance(module, nn.Linear):
+        packed = _module(layer, module.bias, like.dtype)
+    else:  # An embedding that does more than look up, such as Gemma's, which scales: it keeps to it
+        weight = layer.weight.dequantize().to(dtype=like.dtype, device=like.device)
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        return
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, packed.to(like.device))
 
 
 def _module(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:

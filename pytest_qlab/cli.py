@@ -1,4 +1,4 @@
-"""The console script `qlab`: shows, merges and exports results documents, outside pytest."""
+"""The console script `qlab`: what can be done outside pytest with results and quantized models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlab",
-        description="Show, merge and export the results that pytest --qlab-json=FILE writes.",
+        description="Show, merge and export the results that pytest --qlab-json=FILE writes; "
+        "quantize a model into a GGUF file.",
         epilog="Exit status: 0 done; 1 --fail-on-failure was given and something failed; 2 wrong "
         "input.",
     )
@@ -85,6 +86,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: standard output")
     export.add_argument("file", type=Path, metavar="FILE")
     export.set_defaults(run=_export)
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantize a model and write it as a GGUF file that llama.cpp loads",
+        description="Quantize a model as a test of it would, and write the bits as a GGUF file, "
+        "rounding nothing on the way. Artefacts are shared with pytest through the store.",
+    )
+    quantize.add_argument("spec", metavar="SPEC", help="as in --qlab-methods: gguf:Q4_K_M")
+    quantize.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.gguf")
+    quantize.add_argument("--model", default="embedded", help="embedded, a directory, or a hub id")
+    quantize.add_argument(
+        "--calibration", default="embedded", metavar="NAME_OR_PATH", help="calibration text"
+    )
+    quantize.add_argument("--revision", help="revision of a hub model")
+    quantize.add_argument("--store", type=Path, metavar="DIR", help="directory of artefacts")
+    quantize.add_argument("--trust-remote-code", action="store_true", help="run a model's own code")
+    quantize.set_defaults(run=_quantize)
     return parser
 
 
@@ -119,6 +137,29 @@ def _export(options: argparse.Namespace) -> int:
         _write(options.output, text)
     else:
         _emit(text)
+    return OK
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from pytest_qlab.lab import Lab
+
+    lab = Lab(
+        options.model,
+        calibration=options.calibration,
+        revision=options.revision,
+        store=options.store,
+        trust_remote_code=options.trust_remote_code,
+        progress=lambda line: print(f"qlab: {line}", file=sys.stderr),
+    )
+    candidate = lab.candidate(options.spec)
+    for note in candidate.save_gguf(options.output):
+        print(f"qlab: note: {note}", file=sys.stderr)
+    size, written = candidate.size, options.output.stat().st_size
+    _emit(
+        f"{options.output}: {candidate.id}, {written:,} bytes, "
+        f"{float(candidate.model_bits_per_weight):.3f} bits per weight, "
+        f"{float(candidate.compression_ratio):.2f} times smaller ({int(size):,} bytes of tensors)\n"
+    )
     return OK
 
 

@@ -23,11 +23,15 @@ class ModelError(QlabError):
 
 
 class DataError(QlabError):
-    """Evaluation or calibration text that cannot be read or is too small."""
+    """Text or a file that cannot be read, or text that is too small."""
 
 
 class MethodError(QlabError):
     """A method that cannot quantize what it was given."""
+
+
+class EngineError(MethodError):
+    """Another project's runtime that failed, died or did not answer."""
 
 
 class MetricError(QlabError):

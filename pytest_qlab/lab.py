@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.options import Settings
 
-QUANTIZED_VERSION = 2
-STATISTICS_VERSION = 1
+QUANTIZED_VERSION = 3
+STATISTICS_VERSION = 2
 LARGE_GRAM_BYTES = 2**30
 
 
@@ -285,7 +285,11 @@ class Lab:
         def build(directory: Path) -> None:
             statistics = None
             if method.stream == "original":
-                statistics = self.statistics(gram="gram" in method.needs)
+                statistics = self.statistics(gram="gram" in method.wanted_statistics)
+            finished = method.import_model(self.loaded, directory, self.progress, statistics)
+            if finished is not None:
+                save_checkpoint(directory, finished, self.loaded)
+                return
             quantized = quantize_model(
                 self.base_model,
                 method,

@@ -8,6 +8,7 @@ the table, and that over the default.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,14 @@ OPTIONS = (
         "and '!NAME' work. Repeatable. Default: none, dynamic and static at 8 and 4 bits, rtn, "
         "gptq, awq. See --qlab-list-methods.",
         metavar="SPEC[,...]",
+    ),
+    Option(
+        "candidate",
+        "list",
+        (),
+        "Quantized models that exist already: NAME=path/to/model.gguf. They are compared beside "
+        "--qlab-methods, or alone if that is not given. Repeatable.",
+        metavar="NAME=FILE[,...]",
     ),
     Option("model", "text", "embedded", "Base model: 'embedded', a directory, or a hub id."),
     Option(
@@ -124,6 +133,7 @@ OPTIONS = (
     ),
     Option("require-all", "flag", False, "Fail the run if any test of a quantized model skipped."),
 )
+_CANDIDATE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 BY_KEY = {option.key: option for option in OPTIONS}
 
 
@@ -168,7 +178,7 @@ def add_options(parser: pytest.Parser) -> None:
             text += f" One of: {', '.join(option.choices)}."
         if option.kind == "flag":
             group.addoption(option.flag, action="store_true", default=None, help=text)
-        elif option.name == "methods":
+        elif option.name in ("methods", "candidate"):
             group.addoption(
                 option.flag, action="append", default=None, metavar=option.metavar, help=text
             )
@@ -251,7 +261,13 @@ def read_table(root: Path) -> dict[str, Any]:
     if "select" in table:
         table["methods"] = table.pop("select")
     if configurations:
-        table["configurations"] = configurations
+        table["configurations"] = {
+            name: {
+                key: str(root / value) if key == "path" and isinstance(value, str) else value
+                for key, value in options.items()
+            }
+            for name, options in configurations.items()
+        }
     return table
 
 
@@ -270,7 +286,38 @@ def read_settings(config: pytest.Config, *, workers: int = 1) -> Settings:
     values["evaluation"] = values.pop("eval")
     values["threads"] = values["threads"] or max(1, available_cores() // max(1, workers))
     values["store"] = values["store"] or _default_store()
-    return Settings(configurations=table.get("configurations", {}), **values)
+    configurations = dict(table.get("configurations", {}))
+    finished = _finished(values.pop("candidate"), configurations)
+    if finished:
+        values["methods"] = (*values["methods"], *finished)
+    return Settings(configurations={**configurations, **finished}, **values)
+
+
+def _finished(given: tuple[str, ...], taken: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Configurations that stand for `--qlab-candidate=NAME=FILE`, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path or not _CANDIDATE_NAME.fullmatch(name):
+            raise pytest.UsageError(
+                f"--qlab-candidate: expected NAME=path/to/model.gguf with a NAME of letters, "
+                f"digits, '_', '-' and '.', got {text!r}."
+            )
+        if not Path(path).is_file():
+            raise pytest.UsageError(f"--qlab-candidate={name}: there is no file {path}.")
+        if name in taken or name in found or name in _method_names():
+            raise pytest.UsageError(
+                f"--qlab-candidate={name}: that name is taken by a method, a configuration or "
+                "another candidate. Choose another."
+            )
+        found[name] = {"method": "gguf_file", "path": path}
+    return found
+
+
+def _method_names() -> list[str]:
+    from pytest_qlab.methods.registry import method_names
+
+    return method_names()
 
 
 def available_cores() -> int:
@@ -313,6 +360,8 @@ def _convert(option: Option, given: Any, where: str, base: Path) -> Any:
         names = tuple(piece.strip() for item in items for piece in item.split(",") if piece.strip())
         if option.name in ("eval", "calibration"):
             names = tuple(_located(name, base) for name in names)
+        if option.name == "candidate":
+            names = tuple(_located_file(name, base) for name in names)
         if not names:
             raise pytest.UsageError(f"{where}: the list is empty. Name at least one.")
         return names
@@ -334,6 +383,12 @@ def _located(given: str, base: Path) -> str:
     path = Path(given).expanduser()
     looks_like_path = len(path.parts) > 1 or path.suffix or given in (".", "..")
     return str(base / path) if looks_like_path and (base / path).exists() else given
+
+
+def _located_file(given: str, base: Path) -> str:
+    """NAME=FILE with the path made absolute."""
+    name, equals, path = given.partition("=")
+    return f"{name}{equals}{base / Path(path).expanduser()}" if path else given
 
 
 def _integer(option: Option, given: Any, where: str) -> int:

@@ -1,6 +1,7 @@
 """Method specifications: `gptq:bits=3:group_size=64,awq,!none`, globs, `all`, named configurations.
 
-The grammar of one specification is NAME[:key=value]...; a bare `key` means `key=true`. NAME is a
+The grammar of one specification is NAME[:value][:key=value]...; a bare `key` means `key=true`. The
+bare value is that of the method's positional option, if it has one: `gguf:Q4_K_M`. NAME is a
 registered method, a glob over their names, `all`, or a configuration named in pyproject.toml.
 """
 
@@ -95,7 +96,7 @@ def _expand(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[MethodSp
     name, *options = piece.split(":")
     given = dict(_option(piece, option) for option in options)
     if name == "all":
-        return [_build(known, given, None) for known in method_names()]
+        return [_build(known, given, None) for known in method_names() if find_method(known).in_all]
     if any(character in name for character in "*?["):
         hits = [known for known in [*method_names(), *named] if fnmatchcase(known, name)]
         if not hits:
@@ -134,6 +135,7 @@ def _option(piece: str, option: str) -> tuple[str, Any]:
 def _build(name: str, options: Mapping[str, Any], label: str | None) -> MethodSpec:
     method = find_method(name)
     fields = method.model_fields
+    options = _with_positional(method, options)
     for key in options:
         if key not in fields:
             raise SpecError(
@@ -148,6 +150,18 @@ def _build(name: str, options: Mapping[str, Any], label: str | None) -> MethodSp
             for problem in error.errors()
         )
         raise SpecError(f"The method {name!r} cannot be configured so: {problems}.") from error
+
+
+def _with_positional(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a first bare word that is no option's name to the positional option."""
+    named = dict(options)
+    first = next(iter(named), None)
+    if method.positional is None or first is None or first in method.model_fields:
+        return named
+    if named[first] is True and method.positional not in named:
+        del named[first]
+        named[method.positional] = first
+    return named
 
 
 def _literal(value: Any) -> Any:

@@ -19,6 +19,8 @@ class LayerStatistics:
         tokens: number of tokens seen; 0 for an expert that was never reached.
         minimum, maximum: float32 [n], per input channel.
         mean_abs: float32 [n], mean over tokens of |x|.
+        square_sum: float32 [n], sum over tokens of x**2; over `tokens`, the importance of a column
+            (llama.cpp's imatrix).
         gram: float32 [n, n], sum over tokens of x x^T; None where only channels were asked for.
     """
 
@@ -26,6 +28,7 @@ class LayerStatistics:
     minimum: Tensor
     maximum: Tensor
     mean_abs: Tensor
+    square_sum: Tensor
     gram: Tensor | None = None
 
     def rescaled(self, scale: Tensor) -> LayerStatistics:
@@ -35,6 +38,7 @@ class LayerStatistics:
             self.minimum / scale,
             self.maximum / scale,
             self.mean_abs / scale,
+            self.square_sum / scale**2,
             None if self.gram is None else self.gram / scale / scale[:, None],
         )
 
@@ -45,6 +49,7 @@ class LayerStatistics:
             self.minimum.to(device),
             self.maximum.to(device),
             self.mean_abs.to(device),
+            self.square_sum.to(device),
             None if self.gram is None else self.gram.to(device),
         )
 
@@ -55,6 +60,7 @@ class LayerStatistics:
             "minimum": self.minimum,
             "maximum": self.maximum,
             "mean_abs": self.mean_abs,
+            "square_sum": self.square_sum,
         }
         return stored if self.gram is None else {**stored, "gram": self.gram}
 
@@ -66,6 +72,7 @@ class LayerStatistics:
             tensors["minimum"],
             tensors["maximum"],
             tensors["mean_abs"],
+            tensors["square_sum"],
             tensors.get("gram"),
         )
 
@@ -78,6 +85,7 @@ class Accumulator:
         self._minimum = torch.full((features,), torch.inf)
         self._maximum = torch.full((features,), -torch.inf)
         self._abs_sum = torch.zeros(features, dtype=torch.float64)
+        self._square_sum = torch.zeros(features, dtype=torch.float64)
         self._gram = torch.zeros(features, features) if gram else None
 
     def add(self, inputs: Tensor) -> None:
@@ -90,6 +98,7 @@ class Accumulator:
         self._minimum = torch.minimum(self._minimum, tokens.amin(0))
         self._maximum = torch.maximum(self._maximum, tokens.amax(0))
         self._abs_sum += tokens.abs().sum(0, dtype=torch.float64)
+        self._square_sum += tokens.square().sum(0, dtype=torch.float64)
         if self._gram is not None:
             self._gram += tokens.T @ tokens
 
@@ -102,6 +111,7 @@ class Accumulator:
         self._minimum = torch.minimum(self._minimum, other._minimum)
         self._maximum = torch.maximum(self._maximum, other._maximum)
         self._abs_sum += other._abs_sum
+        self._square_sum += other._square_sum
         if self._gram is not None and other._gram is not None:
             self._gram += other._gram
 
@@ -110,6 +120,7 @@ class Accumulator:
             self._minimum = self._minimum.to(device)
             self._maximum = self._maximum.to(device)
             self._abs_sum = self._abs_sum.to(device)
+            self._square_sum = self._square_sum.to(device)
             self._gram = None if self._gram is None else self._gram.to(device)
 
     def result(self) -> LayerStatistics:
@@ -120,5 +131,6 @@ class Accumulator:
             (self._minimum if self._tokens else empty).cpu(),
             (self._maximum if self._tokens else empty).cpu(),
             (self._abs_sum / max(self._tokens, 1)).float().cpu(),
+            self._square_sum.float().cpu(),
             None if self._gram is None else self._gram.cpu(),
         )

@@ -8,11 +8,13 @@ from pytest_qlab.formats.activations import (
 )
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
+from pytest_qlab.formats.ggml import GgmlBlocks
 from pytest_qlab.formats.plain import PlainWeight
 
 __all__ = [
     "ActivationQuantizer",
     "AffineGroups",
+    "GgmlBlocks",
     "PackedWeight",
     "PerTensorAffine",
     "PerTokenSymmetric",

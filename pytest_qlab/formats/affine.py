@@ -176,6 +176,17 @@ class AffineGroups(PackedWeight):
             column_groups=column_groups,
         )
 
+    def take_rows(self, index: Tensor) -> Self:
+        return type(self)(
+            self._codes.index_select(0, index),
+            self.scales.index_select(0, index),
+            None if self._zeros is None else self._zeros.index_select(0, index),
+            shape=(len(index), self._shape[1]),
+            bits=self.bits,
+            group_size=self.group_size,
+            column_groups=self.column_groups,
+        )
+
     def dequantize(self) -> Tensor:
         columns = self._shape[1]
         scales, zeros = self.scales.to(torch.float32), self.zeros().to(torch.float32)

@@ -42,6 +42,10 @@ class PackedWeight(ABC):
     def dequantize(self) -> Tensor:
         """The weight that the bits stand for: float32 of shape (m, n)."""
 
+    @abstractmethod
+    def take_rows(self, index: Tensor) -> Self:
+        """The same bits of some rows only, int64 (k,), in that order and with repetitions."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors: codes, scales, zeros, indices, padding."""

@@ -48,5 +48,8 @@ class PlainWeight(PackedWeight):
         rows, columns = metadata["shape"]
         return cls(stored_tensor(tensors, "weight", (rows, columns)))
 
+    def take_rows(self, index: Tensor) -> Self:
+        return type(self)(self.weight.index_select(0, index))
+
     def dequantize(self) -> Tensor:
         return self.weight.to(torch.float32)

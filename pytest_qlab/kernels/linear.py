@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from pytest_qlab.formats.activations import ActivationQuantizer
 from pytest_qlab.formats.base import PackedWeight
 from pytest_qlab.formats.plain import PlainWeight
+from pytest_qlab.kernels.packed import PackedModule
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """`y = quantized(x) W^T + b` with W dequantized from packed bits.
 
-    The packed tensors are buffers, so that the module's resident bytes are the format's. Speed is
-    not: unless the weight is stored plain, `simulated` is True and `wanted_kernel` names what would
-    have to run instead.
+    The module's resident bytes are the format's. Its speed is not: unless the weight is stored
+    plain, `simulated` is True and `wanted_kernel` names what would have to run instead.
 
     Args:
         weight: packed, (m, n).
@@ -32,38 +32,13 @@ class PackedLinear(nn.Module):
         activation: ActivationQuantizer | None,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, dtype)
         self.out_features, self.in_features = weight.shape
         self.activation = activation
-        self.dtype = dtype
-        self._format = type(weight)
-        self._metadata = weight.metadata()
-        self._names = tuple(weight.tensors())
-        self._first = f"packed_{self._names[0]}"
-        for name, tensor in weight.tensors().items():
-            self.register_buffer(f"packed_{name}", tensor)
         for name, tensor in (activation.tensors() if activation is not None else {}).items():
             self.register_buffer(f"activation_{name}", tensor)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
-        # In a list, which neither `buffers()` nor `state_dict()` looks into.
-        self._cache: list[Tensor] = []
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The packed weight, on the device that the module is on."""
-        tensors = {name: self.get_buffer(f"packed_{name}") for name in self._names}
-        return self._format.from_tensors(tensors, self._metadata)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight (m, n), of the module's dtype; for code that asks a linear."""
-        if self._cache and self._cache[0].device == self.get_buffer(self._first).device:
-            return self._cache[0]
-        packed = self.packed
-        if isinstance(packed, PlainWeight):
-            return packed.weight.to(self.dtype)
-        return packed.dequantize().to(self.dtype)
 
     @property
     def simulated(self) -> bool:
@@ -80,8 +55,11 @@ class PackedLinear(nn.Module):
         """What would have to run for its time to be the format's."""
         if self._is_plain:
             return self.kernel
-        bits = self._metadata.get("bits", 16)
-        width = f"W{bits}" if self.activation is None else f"W{bits}A{self.activation.bits}"
+        if "type" in self._metadata and self.activation is None:
+            return f"{self._metadata['type']} matmul"
+        width = f"W{self._metadata.get('bits', 16)}"
+        if self.activation is not None:
+            width += f"A{self.activation.bits}"
         return f"{width} matmul on {self._metadata['format']}"
 
     @property
@@ -94,27 +72,9 @@ class PackedLinear(nn.Module):
             x = self.activation(x)
         return linear(x, self.weight, self.bias)
 
-    def materialize(self) -> None:
-        """Keep the dequantized weight for the forwards to come; it is no buffer."""
-        self._cache[:] = [self.weight]
-
-    def release(self) -> None:
-        """Drop what `materialize` keeps."""
-        self._cache.clear()
-
     def extra_repr(self) -> str:
         """Shape, format and kernel."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"format={self._metadata['format']}, kernel={self.kernel}"
         )
-
-
-def set_materialized(model: nn.Module, on: bool) -> None:
-    """Materialize or release every packed layer of a model."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            if on:
-                module.materialize()
-            else:
-                module.release()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_qlab.errors import ModelError
+from pytest_qlab.errors import EngineError, ModelError
 from pytest_qlab.measuring.forward import predict, targets_of
 from pytest_qlab.metrics.divergence import (
     DenseHead,
@@ -15,6 +15,7 @@ from pytest_qlab.metrics.divergence import (
     compare_hidden,
     compare_logits,
     compare_states,
+    join_comparisons,
 )
 from pytest_qlab.metrics.tokens import TokenArrays
 from pytest_qlab.models.head import Head, head_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qlab.data.windows import Window
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
 
@@ -67,6 +69,38 @@ def evaluate(lab: Lab, model: Any) -> TokenArrays:
     lab.count_forwards(len(windows))
     documents = [window.document for window in windows]
     return TokenArrays.collect(comparisons, documents, states or None)
+
+
+def evaluate_engine(lab: Lab, engine: Engine) -> TokenArrays:
+    """Per-token comparisons of another runtime's logits with the base model's.
+
+    The runtime gives no hidden states, so those are not compared.
+
+    Raises:
+        EngineError: it gives logits of another shape than it was asked for.
+    """
+    windows, head = lab.eval_data.windows, lab.reference.head
+    comparisons: list[TokenComparison] = []
+    pairs = zip(windows, lab.reference.predictions(), strict=True)
+    for number, (window, expected) in enumerate(pairs, 1):
+        targets, start = targets_of(window), 0
+        pieces: list[TokenComparison] = []
+        for piece in engine.logits(window.ids, window.first_scored - 1):
+            rows = slice(start, start + len(piece))
+            start = rows.stop
+            base = expected[rows].to(head.weight.device)
+            base = head.logits_from_hidden(base) if head.exact else base
+            pieces.append(compare_logits(base.cpu(), piece, targets[rows]))
+        if start != window.scored:
+            raise EngineError(
+                f"{engine.name} gave predictions for {start} tokens of a window of which "
+                f"{window.scored} are scored. Use another version of it."
+            )
+        comparisons.append(join_comparisons(pieces))
+        if number % 16 == 0:
+            lab.progress(f"evaluating with {engine.name}: window {number}/{len(windows)}")
+    lab.count_forwards(len(windows))
+    return TokenArrays.collect(comparisons, [window.document for window in windows])
 
 
 def dense_head(head: Head) -> DenseHead:

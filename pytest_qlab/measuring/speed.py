@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +12,9 @@ from filelock import FileLock
 
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.kernels.linear import set_materialized
+from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.machine import processor_name
-from pytest_qlab.metrics.latency import LatencyQuantiles, PairedLatency, measure_pair
+from pytest_qlab.metrics.latency import Clocks, LatencyQuantiles, PairedLatency, measure_pair
 from pytest_qlab.metrics.memory import (
     MemoryUse,
     kv_bytes_per_token,
@@ -21,18 +23,19 @@ from pytest_qlab.metrics.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from pytest_qlab.candidate import Candidate
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
 PREFILL_TOKENS = 128
 ROUNDS = 400
 MOST_SECONDS = 15.0
-LATENCY_VERSION = 1
-MEMORY_VERSION = 2
+LATENCY_VERSION = 2
+MEMORY_VERSION = 3
 
 
 class Quantiles:
@@ -96,17 +99,40 @@ def _prompt(lab: Lab, tokens: int) -> Tensor:
     return torch.tensor([ids[:tokens]], device=lab.model.device)
 
 
-def _forward(model: Any, ids: Tensor) -> Callable[[], object]:
+def _forward(model: Any, ids: Tensor, **options: Any) -> Callable[[], object]:
     cuda = ids.device.type == "cuda"
 
     def run() -> object:
         with torch.inference_mode():
-            output = model(input_ids=ids, use_cache=False)
+            output = model(input_ids=ids, use_cache=False, **options)
             if cuda:
                 torch.cuda.synchronize(ids.device)
         return output
 
     return run
+
+
+def _prefill(model: Any, ids: Tensor) -> Callable[[], object]:
+    """A forward pass that ends in the logits of the next token alone, where the model can."""
+    takes = inspect.signature(model.forward).parameters
+    return _forward(model, ids, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {}))
+
+
+@contextmanager
+def _runner(candidate: Candidate, ids: Tensor) -> Iterator[tuple[Callable[[], object], Clocks]]:
+    """A prefill of the candidate, and clocks that count the CPU time of its engine, too."""
+    engine, here = candidate.engine(), Clocks()
+    if engine is None:
+        set_materialized(candidate.model, False)
+        yield _prefill(candidate.model, ids), here
+        return
+    tokens = ids[0].tolist()
+    with engine:
+        clocks = Clocks(
+            cpu=lambda: here.cpu() + engine.cpu_ns,
+            switches=lambda: here.switches() + engine.switches,
+        )
+        yield lambda: engine.prefill(tokens), clocks
 
 
 def measure_latency(candidate: Candidate) -> PairedLatency:
@@ -138,15 +164,15 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
 
     def compute() -> dict[str, Any]:
         ids = _prompt(lab, lab.model.fitting(PREFILL_TOKENS))
-        set_materialized(candidate.model, False)
         lab.store.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lab.store.root / ".latency.lock"):
+        with FileLock(lab.store.root / ".latency.lock"), _runner(candidate, ids) as (run, clocks):
             lab.progress(f"{candidate.id}: latency")
             found = measure_pair(
-                _forward(lab.base_model, ids),
-                _forward(candidate.model, ids),
+                _prefill(lab.base_model, ids),
+                run,
                 rounds=ROUNDS,
                 threads=threads,
+                clocks=clocks,
                 max_seconds=MOST_SECONDS,
                 candidate_id=candidate.id,
                 convention=f"prefill{ids.shape[1]}",
@@ -159,6 +185,17 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
     return PairedLatency.from_dict(lab.store.json("latency", parts, compute))
 
 
+def _engine_memory(engine: Engine, ids: Tensor) -> dict[str, Any]:
+    """What a forward pass in another runtime adds to its process and its weights."""
+    engine.prefill(ids[0].tolist())
+    return {
+        "resident": engine.weight_bytes,
+        "temporary": max(0, engine.peak_memory - engine.idle_memory - engine.weight_bytes),
+        "kv_bytes_per_token": engine.kv_bytes_per_token,
+        "convention": f"{engine.name}, forward of {ids.shape[1]} tokens",
+    }
+
+
 def measure_memory(candidate: Candidate) -> Memory:
     """Count the weights that are resident, and what one forward pass over a window adds."""
     lab = candidate.lab
@@ -169,10 +206,14 @@ def measure_memory(candidate: Candidate) -> Memory:
     }
 
     def compute() -> dict[str, Any]:
-        model = candidate.model
-        set_materialized(model, False)
         longest = max(len(window.ids) for window in lab.eval_data.windows)
         ids = _prompt(lab, longest)
+        engine = candidate.engine()
+        if engine is not None:
+            with engine:
+                return _engine_memory(engine, ids)
+        model = candidate.model
+        set_materialized(model, False)
         temporary = peak_temporary_bytes(_forward(model, ids), device=lab.model.device)
         lab.count_forwards()
         try:

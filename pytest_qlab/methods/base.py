@@ -6,18 +6,25 @@ tests are collected. The tensors' side is imported where a method runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pathlib import Path
 
+    from torch import Tensor, nn
+
+    from pytest_qlab.calibration.sources import StatisticsSource
     from pytest_qlab.calibration.statistics import LayerStatistics
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.formats.activations import ActivationQuantizer
     from pytest_qlab.formats.base import PackedWeight
     from pytest_qlab.methods.blocks import BlockContext
+    from pytest_qlab.methods.pipeline import QuantizedModel
+    from pytest_qlab.models.load import LoadedModel
 
 Bits = Literal[2, 3, 4, 8]
 Statistic = Literal["channels", "gram"]
@@ -38,6 +45,12 @@ class Method(BaseModel):
     Subclasses declare options as pydantic fields with defaults; equal options make equal, hashable
     methods. `needs` says which calibration statistics are wanted, and `stream` on which inputs they
     are collected: the original model's, or those of a model whose earlier blocks are quantized.
+
+    Class variables:
+        positional: the option that may be given without its name: `gguf:Q4_K_M`.
+        stored_dtype: what all parameters that are not quantized are stored in; as the model's own
+            checkpoint stores them if None.
+        in_all: whether `all` names the method, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,11 +61,19 @@ class Method(BaseModel):
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     cost: ClassVar[float] = 1.0
+    positional: ClassVar[str | None] = None
+    stored_dtype: ClassVar[str | None] = None
+    in_all: ClassVar[bool] = True
+
+    @property
+    def wanted_statistics(self) -> frozenset[Statistic]:
+        """`needs`, for methods that need more or less with certain options."""
+        return self.needs
 
     @property
     def stream(self) -> Stream:
         """The activations that calibration statistics are collected on."""
-        return "original" if self.needs else "none"
+        return "original" if self.wanted_statistics else "none"
 
     @property
     def id(self) -> str:
@@ -63,6 +84,8 @@ class Method(BaseModel):
         """The width and group, then every option that differs from its default."""
         values = self.model_dump(mode="json")
         parts = []
+        if self.positional is not None:
+            parts.append(str(values.pop(self.positional)))
         if "bits" in values:
             width = f"w{values.pop('bits')}"
             if "activation_bits" in values:
@@ -87,6 +110,41 @@ class Method(BaseModel):
             "version": self.version,
             "options": self.model_dump(mode="json"),
         }
+
+    def assign(self, model: nn.Module) -> dict[str, Method]:
+        """Which method quantizes which matrix of a model, by the dotted name of its module.
+
+        Every linear layer of the decoder blocks must be among them; the input embedding and the
+        output head may be. All linear layers by this method, unless overridden.
+        """
+        from pytest_qlab.models.structure import all_linears
+
+        return {site.name: self for site in all_linears(model)}
+
+    def import_model(
+        self,
+        loaded: LoadedModel,
+        directory: Path,
+        progress: Callable[[str], None],
+        statistics: StatisticsSource | None = None,
+    ) -> QuantizedModel | None:
+        """For methods that bring finished bits: the packed model; None to quantize layer by layer.
+
+        Args:
+            loaded: the base model.
+            directory: the checkpoint's, empty; what is left there can be read later.
+            progress: to be called with a line of text during long work.
+            statistics: of the base model's activations, where the method wants any.
+        """
+        return None
+
+    def engine(self, directory: Path, *, threads: int = 1) -> Engine | None:
+        """For methods with a runtime of their own: it, open on a checkpoint's directory.
+
+        Quality and latency are then the engine's; None to run the packed layers in torch. Its
+        numbers must not depend on `threads`, which an operation may use.
+        """
+        return None
 
     def transform_block(self, block: BlockContext) -> None:
         """Change a decoder block in a function-preserving way before its layers are quantized."""

@@ -12,7 +12,8 @@ import torch
 
 from pytest_qlab.calibration.stream import BlockCall, BlockStream, capture_calls, input_groups
 from pytest_qlab.errors import MethodError
-from pytest_qlab.kernels.linear import PackedLinear, set_materialized
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
 from pytest_qlab.methods.inputs import check_weight
@@ -38,16 +39,23 @@ class QuantizedModel:
     """What a method made of a model.
 
     Attributes:
-        layers: the quantized linears, by dotted name.
-        changed: other parameters that folds have changed, float32, by name.
+        layers: the quantized linears of the decoder blocks, by dotted name.
+        embeddings: the input embedding and the output head where they are quantized, by the dotted
+            names of their modules; tied ones under the input embedding's.
+        changed: other parameters whose values are not the base model's, float32, by name.
+        stored_dtype: what all other parameters are stored in; None as the base checkpoint has them.
         scales: per layer, what folds multiplied its columns by and divided its rows by.
+        kernel: what really runs the bits, where that is not torch.
         seconds: wall time of the whole pass.
         forwards: calibration sequences that were run.
     """
 
     layers: dict[str, QuantizedLayer]
+    embeddings: dict[str, QuantizedLayer] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
+    stored_dtype: torch.dtype | None = None
     scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kernel: str = ""
     seconds: float = 0.0
     forwards: int = 0
 
@@ -61,7 +69,7 @@ def quantize_model(
     threads: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> QuantizedModel:
-    """Quantize every linear layer of the decoder blocks; the model itself is not changed.
+    """Quantize every matrix that the method assigns; the model itself is not changed.
 
     Args:
         sequences: calibration token ids, needed by methods with a stream.
@@ -72,7 +80,7 @@ def quantize_model(
         work = copy.deepcopy(model)
         result = _Pass(work, method, sequences, statistics, threads, progress).run()
         originals = dict(model.named_parameters())
-        weights = {f"{name}.weight" for name in result.layers}
+        weights = {f"{name}.weight" for name in (*result.layers, *result.embeddings)}
         current = {**dict(work.named_parameters()), **result.changed}
         result.changed = {
             name: tensor.detach().float()
@@ -100,7 +108,11 @@ class _Pass:
         self.statistics = statistics
         self.progress = progress
         self.blocks = decoder_blocks(model)
-        self.result = QuantizedModel(layers={})
+        self.assigned = method.assign(model)
+        stored = method.stored_dtype
+        self.result = QuantizedModel(
+            layers={}, stored_dtype=None if stored is None else getattr(torch, stored)
+        )
         modules = [block for _, block in self.blocks]
         self.stream: BlockStream | None = None
         self.calls: list[BlockCall] | None = None
@@ -136,7 +148,17 @@ class _Pass:
             if self.stream is not None:
                 self.stream.advance(index, block)
             set_materialized(block, False)
+        self._quantize_embeddings()
         return self.result
+
+    def _quantize_embeddings(self) -> None:
+        for name, method in self.assigned.items():
+            if name not in self.result.layers:
+                self.progress(f"{self.method.id}: {name}")
+                weight = self.model.get_submodule(name).get_parameter("weight")
+                copy_of_it = weight.detach().to(torch.float32, copy=True)
+                check_weight(copy_of_it, name)
+                self.result.embeddings[name] = method.quantize(copy_of_it, None, name=name)
 
     def _context(self, index: int, name: str, block: nn.Module) -> BlockContext:
         sites = quantizable_linears(block, name)
@@ -175,7 +197,7 @@ class _Pass:
             block,
             [layer.site for layer in layers],
             groups,
-            gram="gram" in self.method.needs,
+            gram="gram" in self.method.wanted_statistics,
         )
         for layer in layers:
             layer.statistics = found[layer.name].to(layer.site.stored.device)
@@ -183,7 +205,8 @@ class _Pass:
     def _quantize(self, layer: LayerContext) -> None:
         weight = layer.site.weight()
         check_weight(weight, layer.name)
-        quantized = self.method.quantize(weight, layer.statistics, name=layer.name)
+        method = self.assigned[layer.name]
+        quantized = method.quantize(weight, layer.statistics, name=layer.name)
         self.result.layers[layer.name] = quantized
         if layer.site.bias is not None:
             self.result.changed[f"{layer.name}.bias"] = layer.site.bias

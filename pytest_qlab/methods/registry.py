@@ -19,6 +19,10 @@ _BUILTIN = {
     "static": "pytest_qlab.methods.static:Static",
     "gptq": "pytest_qlab.methods.gptq:Gptq",
     "awq": "pytest_qlab.methods.awq:Awq",
+    "ggml": "pytest_qlab.methods.ggml:Ggml",
+    "gguf": "pytest_qlab.methods.gguf:Gguf",
+    "gguf_file": "pytest_qlab.engines.gguf.method:GgufFile",
+    "llamacpp": "pytest_qlab.engines.llamacpp.method:LlamaCpp",
 }
 M = TypeVar("M", bound=Method)
 _registered: dict[str, type[Method]] = {}

@@ -195,7 +195,9 @@ def compare_hidden(
         _blocks(targets.to(base_hidden.device), rows),
         strict=True,
     )
-    return _joined([_compare(*block, base_head, candidate_head, width) for block in blocks])
+    return join_comparisons(
+        [_compare(*block, base_head, candidate_head, width) for block in blocks]
+    )
 
 
 def _compare(
@@ -287,7 +289,7 @@ def compare_logits(base: Tensor, candidate: Tensor, targets: Tensor) -> TokenCom
                 candidate_top=log_q.amax(dim=1).exp().float(),
             )
         )
-    return _joined(parts)
+    return join_comparisons(parts)
 
 
 def compare_states(base_hidden: Tensor, candidate_hidden: Tensor) -> HiddenComparison:
@@ -331,7 +333,8 @@ def _blocks(rows: Tensor, size: int) -> list[Tensor]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _joined(parts: list[TokenComparison]) -> TokenComparison:
+def join_comparisons(parts: list[TokenComparison]) -> TokenComparison:
+    """Comparisons of consecutive tokens as one."""
     if len(parts) == 1:
         return parts[0]
     names = TokenComparison.__dataclass_fields__

@@ -79,8 +79,9 @@ def head_of(model: PreTrainedModel) -> Head:
         ModelError: the model has no output embeddings.
     """
     module = _head_module(model)
-    weight = module.get_parameter("weight")
-    bias = module._parameters.get("bias")
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    found = getattr(module, "bias", None)
+    bias = found if isinstance(found, Tensor) else None
     ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
     with torch.no_grad():
         hidden, raw, logits = _capture(model, module, ids)
@@ -128,7 +129,7 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _head_module(model: PreTrainedModel) -> nn.Module:
     module: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if module is None or "weight" not in module._parameters:
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
         raise ModelError(
             f"{type(model).__name__} has no output embeddings (a language model head), so its "
             "tokens cannot be scored. Give a causal language model."

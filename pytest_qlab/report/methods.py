@@ -55,7 +55,10 @@ def _describe(method: type[Method]) -> str:
             if field.is_required()
             else _plain(field.get_default(call_default_factory=True))
         )
-        rows.append((key, _type(field.annotation), default, field.description or ""))
+        meaning = field.description or ""
+        if key == method.positional:
+            meaning = f"may be given without its name; {meaning}".rstrip("; ")
+        rows.append((key, _type(field.annotation), default, meaning))
     if rows:
         widths = [max(len(row[place]) for row in rows) for place in range(3)]
         for key, kind, default, meaning in rows:

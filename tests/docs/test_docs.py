@@ -106,7 +106,9 @@ def default_of(option: Option) -> str:
         return "none"
     if isinstance(option.default, bool):
         return str(option.default).lower()
-    return ",".join(option.default) if isinstance(option.default, tuple) else str(option.default)
+    if isinstance(option.default, tuple):
+        return ",".join(option.default) or "none"
+    return str(option.default)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -141,7 +143,8 @@ def test_every_method_and_each_of_its_options_is_documented(name: str) -> None:
         if row[0].startswith("`") and len(row) == 4
     }
     defaults = {
-        key: str(field.default).lower() for key, field in find_method(name).model_fields.items()
+        key: "required" if field.is_required() else str(field.default).lower()
+        for key, field in find_method(name).model_fields.items()
     }
     assert documented == defaults
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_qlab.formats import ActivationQuantizer, PerTensorAffine, PerTokenSymmetric, PlainWeight
-from pytest_qlab.kernels.linear import PackedLinear, set_materialized
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.solvers.grid import GridRule, round_to_nearest
 
 

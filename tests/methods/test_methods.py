@@ -39,13 +39,14 @@ def statistics_of(inputs: Tensor) -> LayerStatistics:
         minimum=inputs.amin(0),
         maximum=inputs.amax(0),
         mean_abs=inputs.abs().mean(0),
+        square_sum=inputs.square().sum(0),
         gram=inputs.T @ inputs,
     )
 
 
 def unreached(columns: int) -> LayerStatistics:
     empty = torch.zeros(columns)
-    return LayerStatistics(0, empty, empty, empty, torch.zeros(columns, columns))
+    return LayerStatistics(0, empty, empty, empty, empty, torch.zeros(columns, columns))
 
 
 def layer(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[Tensor, LayerStatistics]:

@@ -1,0 +1,1 @@
+"""Other projects: their file formats, and their runtimes."""

@@ -1,0 +1,96 @@
+"""What another project's runtime offers, with one quantized model open in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Engine(Protocol):
+    """A runtime that works in a process of its own, so that its crash is an error here.
+
+    Whatever it does may raise `EngineError`. Attributes that are counters cover the life of the
+    engine's process, and are those of its latest answer.
+    """
+
+    @property
+    def name(self) -> str:
+        """The runtime and its version, such as `llama.cpp 0.3.36`."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a position has."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The longest window that can be run, in tokens."""
+        ...
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the key-value cache, as the runtime keeps it by default."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that are open."""
+        ...
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes that the engine's process has had resident, the model's file included."""
+        ...
+
+    @property
+    def idle_memory(self) -> int:
+        """What that was before a model was opened: the process itself."""
+        ...
+
+    @property
+    def cpu_ns(self) -> int:
+        """CPU time of the engine's process, nanoseconds."""
+        ...
+
+    @property
+    def switches(self) -> int:
+        """How often the kernel took a core from the engine's process."""
+        ...
+
+    def logits(self, ids: Sequence[int], first: int) -> Iterator[Tensor]:
+        """Predictions for the tokens ids[first + 1:], from an empty cache.
+
+        Yields:
+            float32 [k, vocabulary], in order; together the positions first .. len(ids) - 2, of
+            which position t predicts the token at t + 1.
+        """
+        ...
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Run all of `ids` from an empty cache up to the next token's logits; for timing.
+
+        Runs as the runtime does by default, where `logits` runs as exactly as it can.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the engine's process; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        ...
