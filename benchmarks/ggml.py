@@ -45,9 +45,9 @@ NOTES = [
 EXPLANATION = """\
 Share of blocks whose bytes are those of llama.cpp's quantizers; two numbers where those without and
 with importance differ. Weights that both refuse count as identical: *too large* are those whose
-scales overflow in float16. *Overflowing* weights, above 2^40, are all refused here, except in MXFP4,
-which reaches them; llama.cpp's own sums overflow there, and wherever the share is below 100 % it
-stores nothing but zeros, without a word."""
+scales overflow in float16. *Overflowing* weights, above 2^40, are all refused here, except in
+MXFP4, which reaches them; llama.cpp's own sums overflow there, and wherever the share is below
+100 % it stores nothing but zeros, without a word."""
 
 
 @dataclass
