@@ -154,11 +154,11 @@ def _quantize(options: argparse.Namespace) -> int:
     candidate = lab.candidate(options.spec)
     for note in candidate.save_gguf(options.output):
         print(f"qlab: note: {note}", file=sys.stderr)
-    size, written = candidate.size, options.output.stat().st_size
+    written, size = options.output.stat().st_size, candidate.checkpoint.size
     _emit(
         f"{options.output}: {candidate.id}, {written:,} bytes, "
-        f"{float(candidate.model_bits_per_weight):.3f} bits per weight, "
-        f"{float(candidate.compression_ratio):.2f} times smaller ({int(size):,} bytes of tensors)\n"
+        f"{8 * written / size.parameters:.3f} bits per weight, "
+        f"{size.base_bytes / written:.2f} times smaller than the base model\n"
     )
     return OK
 

@@ -114,7 +114,7 @@ def _expand(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[MethodSp
             )
         label = name if not given else None
         try:
-            return [_build(base, {**table, **given}, label)]
+            return [_build(base, given, label, table)]
         except SpecError as error:
             raise SpecError(f"In the configuration [tool.qlab.methods.{name}]: {error}") from error
     if name not in method_names():
@@ -132,10 +132,16 @@ def _option(piece: str, option: str) -> tuple[str, Any]:
     return key.strip(), value.strip() if equals else True
 
 
-def _build(name: str, options: Mapping[str, Any], label: str | None) -> MethodSpec:
+def _build(
+    name: str,
+    given: Mapping[str, Any],
+    label: str | None,
+    table: Mapping[str, Any] | None = None,
+) -> MethodSpec:
+    """A method with the options of a configuration's table, and over them those that are given."""
     method = find_method(name)
     fields = method.model_fields
-    options = _with_positional(method, options)
+    options = {**(table or {}), **_with_positional(method, given)}
     for key in options:
         if key not in fields:
             raise SpecError(

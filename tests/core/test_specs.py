@@ -35,7 +35,7 @@ def test_default_specs_are_the_readme_comparison() -> None:
 
 def test_all_and_globs_and_leaving_out() -> None:
     everything = ids("all")
-    assert len(everything) == len(method_names())
+    assert len(everything) == sum(find_method(name).in_all for name in method_names())
     assert ids("*ptq") == ["gptq-w4g128"]
     assert "gptq-w4g128" not in ids("all", "!gptq")
     assert ids("rtn,gptq,awq,!gptq-w4*") == ["rtn-w4g128", "awq-w4g128"]
@@ -87,3 +87,37 @@ def test_two_methods_with_one_id_are_an_error() -> None:
         parse_specs(["gptq,gptq-w4g128"], named)
     same = {"gptq-w4g128": {"method": "gptq", "bits": 4}}
     assert len(parse_specs(["gptq,gptq-w4g128"], same)) == 1
+
+
+def test_a_bare_value_is_the_positional_options() -> None:
+    assert ids("gguf:Q3_K_S", "gguf:q3_k_s", "gguf:type=Q3_K_S") == ["gguf-Q3_K_S"]
+    assert ids("gguf") == ["gguf-Q4_K_M"]
+    assert ids("gguf:Q3_K_S:imatrix=true", "ggml:iq4_xs:imatrix") == [
+        "gguf-Q3_K_S-imatrix",
+        "ggml-IQ4_XS-imatrix",
+    ]
+    assert ids("gguf:imatrix") == ["gguf-Q4_K_M-imatrix"]
+    mine = {"method": "gguf", "imatrix": True}
+    assert ids("mine:Q6_K", mine=mine) == ["gguf-Q6_K-imatrix"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gguf:Q3_K_X", "given 'Q3_K_X'"),
+        ("gguf:imatrix:Q3_K_S", "no option 'Q3_K_S'"),
+        ("gguf:Q3_K_S:type=Q4_0", "no option 'Q3_K_S'"),
+        ("gguf:Q3_K_S=yes", "no option 'Q3_K_S'"),
+        ("gptq:Q3_K_S", "no option 'Q3_K_S'"),
+        ("gguf_file", "path"),
+    ],
+)
+def test_misplaced_values_are_errors(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_specs([text])
+
+
+def test_all_leaves_out_what_needs_more_than_the_package() -> None:
+    everything = ids("all")
+    assert not any(name.startswith(("gguf_file", "llamacpp")) for name in everything)
+    assert "gguf-Q4_K_M" in everything

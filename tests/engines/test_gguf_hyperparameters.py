@@ -128,6 +128,7 @@ def test_a_models_own_metadata_fit_it(name: str) -> None:
         ("llama", {"head_count_kv": [2, 2], "feed_forward_length": [96, 96]}),
         ("llama", {"layer_norm_rms_epsilon": 9.999999974752427e-07}),  # 1e-6 in float32
         ("llama", {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 3.0}),
+        ("llama", {"llama.rope.scaling.type": "linear"}),
         ("llama-linear-scaling", {"type": None}),
         ("gpt2", {"feed_forward_length": 256}),  # the official converter takes 4 widths for granted
     ],

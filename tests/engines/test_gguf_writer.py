@@ -126,11 +126,17 @@ def _groups(rows: int, columns: int, bits: int, **options: Any) -> AffineGroups:
     )
 
 
+@pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize(("bits", "type"), [(4, "Q4_0"), (8, "Q8_0")])
-def test_equal_grids_are_the_same_values(bits: int, type: str, tmp_path: Path) -> None:
+def test_equal_grids_are_the_same_values(
+    bits: int, type: str, group_size: int, tmp_path: Path
+) -> None:
     gguf = pytest.importorskip("gguf")
     loaded = tiny("llama")
-    packed = {Q_PROJ: _groups(64, 64, bits), "model.layers.1.mlp.down_proj": _groups(64, 96, bits)}
+    packed = {
+        Q_PROJ: _groups(64, 64, bits, group_size=group_size),
+        "model.layers.1.mlp.down_proj": _groups(64, 96, bits, group_size=group_size),
+    }
     file = _write_base(tmp_path / "model.gguf", loaded, "F32", **packed)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for module, tensor in ((Q_PROJ, "blk.0.attn_q"), (list(packed)[1], "blk.1.ffn_down")):
@@ -166,8 +172,7 @@ class _Other(PlainWeight):
     [
         (_groups(64, 64, 3), "has codes of 3 bits, not 4 or 8"),
         (_groups(64, 64, 4, zeros=torch.full((64, 2), 7)), "has zero points"),
-        (_groups(64, 64, 4, group_size=64), "has groups of 64 in rows of 64, not of 32"),
-        (_groups(64, 64, 4, group_size=-1), "has groups of 64"),
+        (_groups(64, 64, 4, group_size=48), "has groups of 48 in rows of 64, which are no"),
         (_groups(64, 64, 8, group_size=16), "has groups of 16"),
         (_groups(64, 64, 4, dtype=torch.float32), "has scales that float16 cannot hold"),
         (
@@ -184,7 +189,7 @@ def test_what_no_type_can_express_is_refused(
     file = tmp_path / "model.gguf"
     with pytest.raises(MethodError, match=f"{Q_PROJ} {message}") as caught:
         _write_base(file, tiny("llama"), "F32", **{Q_PROJ: packed})
-    assert "group_size=32 and symmetric=true" in str(caught.value)
+    assert "symmetric=true, bits=4 or 8, groups of a multiple of 32" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

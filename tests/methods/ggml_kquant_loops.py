@@ -240,22 +240,22 @@ def affine_block(name: str, x: Numbers, importance: Numbers | None) -> Block:
         for v in groups:
             average = np.sqrt(total_of([e * e for e in v]) / F(size))
             found.append(qkx(v, top, [average + abs(e) for e in v], *search))
-    d, scales = _quantized_scales(name, [f[0] for f in found], scale_top)
-    dmin, mins = _quantized_scales(name, [f[1] for f in found], scale_top)
+    d, scales = quantized_scales(name, [f[0] for f in found], scale_top)
+    dmin, mins = quantized_scales(name, [f[1] for f in found], scale_top)
     if importance is not None:
         sums = [total_of(w) for w in weights]
         d, scales = qp([f[0] for f in found], scale_top, sums)
         dmin, mins = qp([f[1] for f in found], scale_top, sums)
         if name == "Q5_K":
             scales, mins = [min(63, s) for s in scales], [min(63, m) for m in mins]
-    scales, mins = _read_back(name, scales, mins)
+    scales, mins = read_back(name, scales, mins)
     half, low_half = np.float16(d), np.float16(dmin)
     steps, lows = [F(half) * F(s) for s in scales], [F(low_half) * F(m) for m in mins]
     codes = requantized(groups, steps, lows, [f[2] for f in found], range(top + 1))
     return {"d": half, "dmin": low_half, "scales": scales, "mins": mins, "codes": codes}
 
 
-def _quantized_scales(name: str, x: Numbers, top: int) -> tuple[np.float32, list[int]]:
+def quantized_scales(name: str, x: Numbers, top: int) -> tuple[np.float32, list[int]]:
     extreme = F(0)
     for v in x:
         extreme = max(extreme, v)
@@ -264,7 +264,7 @@ def _quantized_scales(name: str, x: Numbers, top: int) -> tuple[np.float32, list
     return extreme / F(top), levels if name == "Q2_K" else [min(top, level) for level in levels]
 
 
-def _read_back(name: str, scales: list[int], mins: list[int]) -> tuple[list[int], list[int]]:
+def read_back(name: str, scales: list[int], mins: list[int]) -> tuple[list[int], list[int]]:
     """Through the bytes of the block: 4 + 4 bits each, or 12 bytes of six-bit numbers."""
     if name == "Q2_K":
         both = [(s | m << 4) & 0xFF for s, m in zip(scales, mins, strict=True)]
@@ -320,7 +320,7 @@ def q6_k_block(x: Numbers, importance: Numbers | None) -> Block:
     return {"d": half, "scales": scales, "codes": codes}
 
 
-def _of_row(
+def of_row(
     block: Callable[[Numbers, Numbers | None], Block],
 ) -> Callable[[Numbers, Numbers | None], list[Block]]:
     def quantize(row: Numbers, importance: Numbers | None) -> list[Block]:
@@ -331,9 +331,9 @@ def _of_row(
 
 
 LOOPS: dict[str, Callable[[Numbers, Numbers | None], list[Block]]] = {
-    "Q2_K": _of_row(lambda x, w: affine_block("Q2_K", x, w)),
-    "Q3_K": _of_row(q3_k_block),
-    "Q4_K": _of_row(lambda x, w: affine_block("Q4_K", x, w)),
-    "Q5_K": _of_row(lambda x, w: affine_block("Q5_K", x, w)),
-    "Q6_K": _of_row(q6_k_block),
+    "Q2_K": of_row(lambda x, w: affine_block("Q2_K", x, w)),
+    "Q3_K": of_row(q3_k_block),
+    "Q4_K": of_row(lambda x, w: affine_block("Q4_K", x, w)),
+    "Q5_K": of_row(lambda x, w: affine_block("Q5_K", x, w)),
+    "Q6_K": of_row(q6_k_block),
 }

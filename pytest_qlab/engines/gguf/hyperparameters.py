@@ -116,8 +116,10 @@ def _effective(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
         }
     known = isinstance(heads, int) and isinstance(width, int) and heads > 0
     length = given("attention.key_length", width // heads if known else None)
-    factor = given("rope.scaling.factor", given("rope.scale_linear"))
-    scaling = given("rope.scaling.type", "linear" if factor else "none")
+    scaling = given("rope.scaling.type", "linear")
+    factor = given("rope.scaling.factor", given("rope.scale_linear")) or 1.0
+    if scaling == "none" or (scaling == "linear" and factor == 1.0):
+        scaling, factor = "none", 1.0
     return values | {
         "attention.head_count_kv": given("attention.head_count_kv", heads),
         "attention.key_length": length,
@@ -129,7 +131,7 @@ def _effective(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
         "rope.dimension_count": given("rope.dimension_count", length),
         "rope.freq_base": given("rope.freq_base", 10000.0),
         "rope.scaling.type": scaling,
-        "rope.scaling.factor": 1.0 if scaling == "none" else factor,
+        "rope.scaling.factor": factor,
         "rope.scaling.attn_factor": given("rope.scaling.attn_factor", 1.0),
         "expert_count": given("expert_count", 0),
     }

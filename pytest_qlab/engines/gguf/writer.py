@@ -257,16 +257,16 @@ def _type_of(packed: PackedWeight, name: str) -> str:
         return _NAMES[packed.weight.dtype]
     if not isinstance(packed, AffineGroups):
         raise _inexpressible(name, f"is stored as {packed.format!r}")
-    length = group_length(packed.shape[1], packed.group_size)
+    length, columns = group_length(packed.shape[1], packed.group_size), packed.shape[1]
     if packed.bits not in _AFFINE:
         raise _inexpressible(name, f"has codes of {packed.bits} bits, not 4 or 8")
     if not packed.symmetric:
         raise _inexpressible(name, "has zero points")
     if packed.column_groups is not None:
         raise _inexpressible(name, "has groups of columns that are not neighbours")
-    if length != _BLOCK or packed.shape[1] % _BLOCK:
+    if length % _BLOCK or columns % _BLOCK:
         raise _inexpressible(
-            name, f"has groups of {length} in rows of {packed.shape[1]}, not of 32"
+            name, f"has groups of {length} in rows of {columns}, which are no multiples of 32"
         )
     if packed.scales.dtype != torch.float16:
         raise _inexpressible(name, "has scales that float16 cannot hold")
@@ -276,18 +276,23 @@ def _type_of(packed: PackedWeight, name: str) -> str:
 def _inexpressible(name: str, what: str) -> MethodError:
     return MethodError(
         f"{name} {what}, so no type of a GGUF file holds exactly its values. What can be written: "
-        "methods named gguf or ggml, and others with bits=4 (or 8), group_size=32 and "
-        "symmetric=true where they have these options, act_order=false, and rows that are a "
-        "multiple of 32 long."
+        "methods named gguf or ggml, and others with symmetric=true, bits=4 or 8, groups of a "
+        "multiple of 32 neighbouring columns (static_groups=true), and rows that are one, too."
     )
 
 
 def _blocks(packed: AffineGroups) -> Tensor:
-    """The same codes and scales in blocks of 32: uint8 (m, bytes of a row)."""
+    """The same codes and scales in blocks of 32: uint8 (m, bytes of a row).
+
+    Blocks of one group repeat its scale.
+    """
+    columns = packed.shape[1]
+    repeats = group_length(columns, packed.group_size) // _BLOCK
+    scales = packed.scales.repeat_interleave(repeats, 1)[:, : columns // _BLOCK]
     codes = packed.codes().reshape(-1, _BLOCK)
     if packed.bits == 8:
         codes = (codes.to(torch.int16) - 128).to(torch.int8)
-    fields = {"d": packed.scales.reshape(-1), "codes": codes}
+    fields = {"d": scales.reshape(-1), "codes": codes}
     return pack_blocks(_AFFINE[packed.bits], fields).view(packed.shape[0], -1)
 
 

@@ -1,0 +1,256 @@
+"""What the engine answers and what it refuses, with a fake library in its process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine, quantize_file
+from pytest_qlab.errors import EngineError
+from tests.engines.llamacpp_fakes import expected_sums, journal, tokens
+
+WriteModel: TypeAlias = Callable[..., Path]
+
+
+def test_facts_come_from_the_library(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model(vocabulary=9, context=77)) as engine:
+        assert engine.name == "llama.cpp 0.0.fake"
+        assert (engine.vocabulary, engine.context, engine.weight_bytes) == (9, 77, 4000)
+        # 3 layers, 2 heads of keys and values of 32 / 4 numbers each, 2 bytes a number.
+        assert engine.kv_bytes_per_token == 3 * 2 * (8 + 8) * 2
+
+
+def test_heads_may_have_widths_of_their_own(fake_model: WriteModel) -> None:
+    widths = {"x.attention.key_length": "10", "x.attention.value_length": "20"}
+    path = fake_model(metadata={"general.architecture": "x", **widths})
+    with LlamaCppEngine(path) as engine:
+        assert engine.kv_bytes_per_token == 3 * 2 * (10 + 20) * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "first"), [(2, 0), (9, 0), (9, 7), (300, 3), (1300, 0), (1300, 600), (1300, 1298)]
+)
+def test_logits_are_of_the_positions_asked_for(
+    fake_model: WriteModel, count: int, first: int
+) -> None:
+    ids = tokens(count)
+    with LlamaCppEngine(fake_model()) as engine:
+        pieces = list(engine.logits(ids, first))
+    found = torch.cat(pieces)
+    assert found.dtype == torch.float32
+    assert found.shape == (count - 1 - first, 6)
+    assert found[:, 0].tolist() == expected_sums(ids, first)
+    assert found[:, 1].tolist() == list(range(first, count - 1))
+
+
+def test_long_windows_come_in_pieces_of_even_lengths(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        pieces = list(engine.logits(tokens(1300), 0))
+    # 1299 tokens, at most 512 together: no piece is a short rest, which would use other kernels.
+    assert [len(piece) for piece in pieces] == [433, 433, 433]
+    assert {float(rows) for piece in pieces for rows in piece[:, 2]} == {433.0}
+
+
+def test_pieces_of_a_large_vocabulary_are_bounded_in_bytes(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model(vocabulary=2**18)) as engine:
+        pieces = [piece.shape for piece in engine.logits(tokens(101), 89)]
+    # 64 MiB are 64 rows of this vocabulary; the second half holds what was asked for.
+    assert pieces == [(11, 2**18)]
+
+
+def test_what_is_not_wanted_is_not_sent(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        pieces = list(engine.logits(tokens(1300), 1000))
+    assert [len(piece) for piece in pieces] == [299]
+
+
+def test_each_window_starts_afresh(fake_model: WriteModel) -> None:
+    first, second = tokens(40), [5, *tokens(30)]
+    with LlamaCppEngine(fake_model()) as engine:
+        alone = torch.cat(list(engine.logits(second, 0)))
+        list(engine.logits(first, 0))
+        engine.prefill(first)
+        again = torch.cat(list(engine.logits(second, 0)))
+    assert torch.equal(alone, again)
+
+
+def test_contexts_grow_with_the_windows(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        sizes = [
+            float(next(iter(engine.logits(tokens(n), n - 2)))[0, 3]) for n in (10, 600, 300, 600)
+        ]
+    assert sizes == [256.0, 768.0, 768.0, 768.0]
+
+
+def test_quality_is_exact_and_prefill_as_by_default(fake_model: WriteModel) -> None:
+    path = fake_model()
+    with LlamaCppEngine(path, threads=3) as engine:
+        list(engine.logits(tokens(10), 0))
+        engine.prefill(tokens(10))
+    exact, default = (entry for entry in journal(path) if "context" in entry)
+    assert exact["model"]["use_extra_bufts"] is False
+    assert (exact["context"]["type_k"], exact["context"]["type_v"]) == (0, 0)
+    assert exact["context"]["flash_attn_type"] == 0
+    assert default["model"]["use_extra_bufts"] is True
+    assert (default["context"]["type_k"], default["context"]["type_v"]) == (1, 1)
+    assert default["context"]["flash_attn_type"] == -1
+    for entry in (exact, default):
+        assert entry["model"]["n_gpu_layers"] == 0
+        assert entry["context"]["op_offload"] is False
+        assert entry["context"]["n_threads"] == entry["context"]["n_threads_batch"] == 3
+
+
+def test_amx_is_never_used(fake_model: WriteModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SYSTEM", "CPU : AVX512 = 1 | AMX_INT8 = 1 | ")
+    path = fake_model()
+    with LlamaCppEngine(path) as engine:
+        engine.prefill(tokens(10))
+    (entry,) = (entry for entry in journal(path) if "context" in entry)
+    assert entry["model"]["use_extra_bufts"] is False
+
+
+def test_prefill_takes_prompts_longer_than_a_batch(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        engine.prefill(tokens(3000))
+        assert torch.cat(list(engine.logits(tokens(20), 0))).shape == (19, 6)
+
+
+def test_counters_grow_and_memory_is_the_childs_own(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        before = engine.cpu_ns
+        list(engine.logits(tokens(2000), 0))
+        assert 0 < before < engine.cpu_ns < 60e9
+        assert engine.switches >= 0
+        assert 0 < engine.idle_memory <= engine.peak_memory
+        # This process has torch loaded, which a count inherited from it would show.
+        assert engine.peak_memory < 100 * 2**20
+
+
+def test_paths_may_hold_any_characters(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model("größe 模型 '\".gguf")) as engine:
+        assert torch.cat(list(engine.logits(tokens(5), 0))).shape == (4, 6)
+
+
+def test_what_a_library_prints_does_not_get_into_the_answers(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model(does={"decode": "chatter"})) as engine:
+        assert torch.cat(list(engine.logits(tokens(5), 0))).shape == (4, 6)
+
+
+def test_several_engines_run_beside_each_other(fake_model: WriteModel) -> None:
+    engines = [LlamaCppEngine(fake_model(f"{n}.gguf", vocabulary=4 + n)) for n in range(3)]
+    try:
+        iterators: list[Iterator[Tensor]] = [
+            engine.logits(tokens(1300, vocabulary=4), 0) for engine in engines
+        ]
+        for pieces in zip(*iterators, strict=True):
+            assert [piece.shape[1] for piece in pieces] == [4, 5, 6]
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def test_threads_take_turns(fake_model: WriteModel) -> None:
+    windows = [tokens(n) for n in (20, 1300, 35, 700)]
+    found: dict[int, list[float]] = {}
+    with LlamaCppEngine(fake_model()) as engine:
+
+        def run(number: int) -> None:
+            pieces = torch.cat(list(engine.logits(windows[number], 0)))
+            found[number] = pieces[:, 0].tolist()
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(len(windows))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {n: expected_sums(ids, 0) for n, ids in enumerate(windows)}
+
+
+def test_an_iterator_that_is_given_up_leaves_the_engine_usable(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        iterator = engine.logits(tokens(1300), 0)
+        next(iterator)
+        with pytest.raises(RuntimeError, match="not exhausted"):
+            engine.prefill(tokens(4))
+        del iterator
+        found = torch.cat(list(engine.logits(tokens(8), 0)))
+    assert found[:, 0].tolist() == expected_sums(tokens(8), 0)
+
+
+# --- what cannot be asked ------------------------------------------------------------------------
+
+
+def test_a_window_beyond_the_context_is_refused(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model(context=64)) as engine:
+        for run in (engine.prefill, lambda ids: engine.logits(ids, 0)):
+            with pytest.raises(EngineError, match=r"65 tokens.*context of 64.*window-length=64"):
+                run(tokens(65))
+        assert torch.cat(list(engine.logits(tokens(64), 0))).shape == (63, 6)
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 6], [1, -1], [1, 2**31]])
+def test_tokens_outside_the_vocabulary_are_refused(fake_model: WriteModel, ids: list[int]) -> None:
+    with (
+        LlamaCppEngine(fake_model()) as engine,
+        pytest.raises(EngineError, match="at least 2 tokens from 0 to 5"),
+    ):
+        engine.logits(ids, 0)
+
+
+@pytest.mark.parametrize("first", [-1, 3, 4])
+def test_positions_that_predict_nothing_are_refused(fake_model: WriteModel, first: int) -> None:
+    with LlamaCppEngine(fake_model()) as engine, pytest.raises(ValueError, match="first must be"):
+        engine.logits([1, 2, 3, 4], first)
+
+
+# --- quantizing ----------------------------------------------------------------------------------
+
+
+def test_the_quantizer_gets_types_and_importance(fake_model: WriteModel, tmp_path: Path) -> None:
+    source, target = fake_model(), tmp_path / "größe.gguf"
+    importance = {
+        "blk.0.attn_q.weight": torch.tensor([1.0, 0.5, 0.25]),
+        "blk.1.ffn_down.weight": torch.tensor([3.0, 4.0], dtype=torch.float64),
+    }
+    version = quantize_file(
+        source, target, "MOSTLY_Q4_K_M", weights=10, importance=importance, threads=2
+    )
+    assert version == "0.0.fake"
+    assert target.read_bytes() == source.read_bytes()
+    assert journal(source) == [
+        {
+            "ftype": 15,
+            "threads": 2,
+            "pure": False,
+            "importance": {
+                "blk.0.attn_q.weight": [1.0, 0.5, 0.25],
+                "blk.1.ffn_down.weight": [3.0, 4.0],
+            },
+        }
+    ]
+
+
+def test_without_importance_there_is_none(fake_model: WriteModel, tmp_path: Path) -> None:
+    source = fake_model()
+    quantize_file(source, tmp_path / "out.gguf", "MOSTLY_Q4_K_M", weights=10, pure=True)
+    (entry,) = journal(source)
+    assert (entry["importance"], entry["pure"]) == ({}, True)
+
+
+def test_a_quantizer_that_fails(fake_model: WriteModel, tmp_path: Path) -> None:
+    source = fake_model(does={"quantize": "fail"})
+    with pytest.raises(
+        EngineError, match=r"(?s)quantizing to Q4_K_M: .*returned 1.*unknown tensor"
+    ):
+        quantize_file(source, tmp_path / "out.gguf", "MOSTLY_Q4_K_M", weights=10)
+
+
+def test_a_type_that_this_llama_cpp_does_not_know(fake_model: WriteModel, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="LLAMA_FTYPE_MOSTLY_Q9"):
+        quantize_file(fake_model(), tmp_path / "out.gguf", "MOSTLY_Q9", weights=10)
