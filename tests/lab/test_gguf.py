@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab import Lab, Method
+from pytest_qlab import Lab
 from pytest_qlab.cli import main
 from pytest_qlab.engines.gguf.method import GgufFile
 from pytest_qlab.errors import DataError, EngineError, MethodError, MetricError, ModelError
@@ -79,7 +79,7 @@ def test_a_file_of_another_model_and_a_missing_one_are_refused(tmp_path: Path) -
     pytest.importorskip("gguf")
     file = tmp_path / "model.gguf"
     lab_of(tmp_path).candidate("gguf:Q8_0").save_gguf(file)
-    with pytest.raises(ModelError, match="of the architecture .llama., but the base model is"):
+    with pytest.raises(ModelError, match="of the architecture 'llama', but the base model is"):
         _ = lab_of(tmp_path, "qwen2").candidate(GgufFile(path=str(file))).kl
     with pytest.raises(DataError, match="No such file"):
         _ = lab_of(tmp_path).candidate(GgufFile(path=str(tmp_path / "none.gguf"))).kl
