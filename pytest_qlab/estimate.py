@@ -50,7 +50,10 @@ class Estimate(float):
         metric: dotted name, such as `kl.mean`.
         candidate: id of the candidate that was measured.
         lower, upper: two-sided interval at `confidence`, or None where none is defined.
+        standard_error: of the value, from differences between clusters; None where none is defined.
         n: number of scored units (tokens, samples); clusters: number of independent documents.
+        design_effect: squared standard error over that of independent units; None where unknown.
+        floor: what the base model scores against itself under a second legal numeric path.
         unit: `nats`, `dB`, `bytes`, `s`, or empty for a pure number.
         convention: how it was measured, such as `spread512`.
         simulated: True where no kernel runs the packed bits, so that speed is not the format's.
@@ -62,8 +65,11 @@ class Estimate(float):
     lower: float | None
     upper: float | None
     confidence: float
+    standard_error: float | None
     n: int | None
     clusters: int | None
+    design_effect: float | None
+    floor: float | None
     unit: str
     convention: str
     simulated: bool
@@ -78,8 +84,11 @@ class Estimate(float):
         lower: float | None = None,
         upper: float | None = None,
         confidence: float = 0.95,
+        standard_error: float | None = None,
         n: int | None = None,
         clusters: int | None = None,
+        design_effect: float | None = None,
+        floor: float | None = None,
         unit: str = "",
         convention: str = "",
         simulated: bool = False,
@@ -97,8 +106,11 @@ class Estimate(float):
         self.lower = None if lower is None else float(lower)
         self.upper = None if upper is None else float(upper)
         self.confidence = confidence
+        self.standard_error = None if standard_error is None else float(standard_error)
         self.n = n
         self.clusters = clusters
+        self.design_effect = None if design_effect is None else float(design_effect)
+        self.floor = None if floor is None else float(floor)
         self.unit = unit
         self.convention = convention
         self.simulated = simulated
@@ -120,6 +132,13 @@ class Estimate(float):
             for metric, (value, unit) in values.items()
             if value is not None
         }
+
+    @property
+    def effective_n(self) -> float | None:
+        """How many independent units would be as sure: `n` over the design effect."""
+        if self.n is None or not self.design_effect:
+            return None
+        return self.n / self.design_effect
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the name: the form in which results cross processes."""

@@ -31,8 +31,11 @@ class Measure(_Model):
     lower: float | None = None
     upper: float | None = None
     confidence: float = 0.95
+    standard_error: float | None = None
     n: int | None = None
     clusters: int | None = None
+    design_effect: float | None = None
+    floor: float | None = None
     unit: str = ""
     convention: str = ""
     simulated: bool = False

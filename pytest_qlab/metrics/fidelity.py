@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -111,12 +111,12 @@ class Fidelity:
     @cached_property
     def perplexity(self) -> Estimate:
         """exp of the candidate's mean negative log-likelihood; the interval is not paired."""
-        return self._perplexity("perplexity", self._spreads["nll"])
+        return self._exponential("perplexity", self._spreads["nll"])
 
     @cached_property
     def base_perplexity(self) -> Estimate:
         """exp of the baseline's mean negative log-likelihood; the interval is not paired."""
-        return self._perplexity("base_perplexity", self._spreads["base_nll"])
+        return self._exponential("base_perplexity", self._spreads["base_nll"])
 
     @cached_property
     def log_perplexity_delta(self) -> Estimate:
@@ -127,12 +127,7 @@ class Fidelity:
     def perplexity_ratio(self) -> Estimate:
         """Candidate's perplexity / baseline's, paired."""
         found = self._spreads["delta"]
-        return self._make(
-            "perplexity_ratio",
-            self._exp(found.value),
-            _exp_or_none(found.lower),
-            _exp_or_none(found.upper),
-        )
+        return self._exponential("perplexity_ratio", found)
 
     @cached_property
     def perplexity_delta(self) -> Estimate:
@@ -156,7 +151,7 @@ class Fidelity:
         tail = int(self.windows["kl_tail"].sum())
         largest = f"{tail:,} of {self._n:,} tokens above 1 nat"
         return KlEstimates(
-            self._make("kl.mean", mean.value, lower, mean.upper, unit="nats"),
+            self._make("kl.mean", mean.value, lower, mean.upper, unit="nats", found=mean),
             self._make("kl.median", median.value, median.lower, median.upper, unit="nats"),
             self._make("kl.p99", p99.value, p99.lower, p99.upper, unit="nats"),
             self._make("kl.max", float(self.tokens.kl.max()), unit="nats", extra=largest),
@@ -180,7 +175,12 @@ class Fidelity:
         elif lower is not None and upper is not None:
             lower, upper = max(0.0, lower), min(1.0, upper)
         return self._make(
-            "top1_agreement", found.value, lower, upper, extra=f"{agreeing:,} tokens agree"
+            "top1_agreement",
+            found.value,
+            lower,
+            upper,
+            extra=f"{agreeing:,} tokens agree",
+            found=found,
         )
 
     @cached_property
@@ -198,7 +198,9 @@ class Fidelity:
         found = log_ratio(signal, error, self._clusters)
         lower = None if found.lower is None else _decibels(found.lower)
         upper = None if found.upper is None else _decibels(found.upper)
-        return self._make("snr_db", _decibels(found.value), lower, upper, unit="dB")
+        # In decibels too, so that the error is that of the value.
+        scaled = replace(found, standard_error=_scaled(found.standard_error, 10 / math.log(10)))
+        return self._make("snr_db", _decibels(found.value), lower, upper, unit="dB", found=scaled)
 
     @cached_property
     def hidden_cosine(self) -> Estimate:
@@ -206,7 +208,7 @@ class Fidelity:
         self._need_hidden("cosine")
         found = self._spreads["cosine"]
         upper = None if found.upper is None else min(1.0, found.upper)
-        return self._make("cosine", found.value, found.lower, upper)
+        return self._make("cosine", found.value, found.lower, upper, found=found)
 
     # --- all of them -----------------------------------------------------------------------
 
@@ -331,9 +333,11 @@ class Fidelity:
             f"{where or 'the evaluation set'} ({len(self.windows):,} windows, {self._n:,} tokens)"
         )
 
-    def _perplexity(self, metric: str, found: Spread) -> Estimate:
+    def _exponential(self, metric: str, found: Spread) -> Estimate:
         value = self._exp(found.value)
-        return self._make(metric, value, _exp_or_none(found.lower), _exp_or_none(found.upper))
+        lower, upper = _exp_or_none(found.lower), _exp_or_none(found.upper)
+        scaled = replace(found, standard_error=_scaled(found.standard_error, value))
+        return self._make(metric, value, lower, upper, found=scaled)
 
     def _exp(self, mean_nll: float) -> float:
         value = _exp_or_none(mean_nll)
@@ -346,7 +350,7 @@ class Fidelity:
         return value
 
     def _estimate(self, metric: str, found: Spread, *, unit: str = "") -> Estimate:
-        return self._make(metric, found.value, found.lower, found.upper, unit=unit)
+        return self._make(metric, found.value, found.lower, found.upper, unit=unit, found=found)
 
     def _make(
         self,
@@ -357,6 +361,7 @@ class Fidelity:
         *,
         unit: str = "",
         extra: str = "",
+        found: Spread | None = None,
     ) -> Estimate:
         details: dict[str, Any] = {
             "candidate": self.candidate,
@@ -364,6 +369,8 @@ class Fidelity:
             "clusters": int(self._clusters.max()) + 1,
             "convention": self.convention,
             "detail": f"{self._detail}; {extra}" if extra else self._detail,
+            "standard_error": None if found is None else found.standard_error,
+            "design_effect": None if found is None else found.design_effect,
         }
         suffix = f"[{self.domain_name}]" if self.domain_name else ""
         return Estimate(
@@ -387,6 +394,10 @@ _MEANS = {
     "top1_agreement": "agree",
     "cosine": "cosine",
 }
+
+
+def _scaled(error: float | None, factor: float) -> float | None:
+    return None if error is None else error * factor
 
 
 def _decibels(log_ratio_of_powers: float) -> float:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from pytest_qlab.formats.ggml import GGML_TYPES, unpack_blocks
 from pytest_qlab.solvers.ggml import kernels, quantize_ggml
+from pytest_qlab.solvers.ggml.kquants import as_stored, by_largest
+from pytest_qlab.solvers.ggml.rounding import rounded_quotients
 from tests.methods import ggml_kquant_loops as loops
 from tests.methods.ggml_inputs import (
     Floats,
@@ -111,9 +113,23 @@ groups = (
     arrays(np.float32, GROUP, elements=numbers)
     | arrays(np.float32, GROUP, elements=numbers, fill=st.just(np.float32(-1)))
     | arrays(np.float32, GROUP, elements=st.integers(-9, 9).map(lambda v: v / 2))
+    | arrays(np.float32, GROUP, elements=st.sampled_from([0.0, -0.0, 1.5]))
     | numbers.map(lambda v: np.full(GROUP, v, np.float32))
 )
-several = st.lists(groups, min_size=1, max_size=3).map(lambda each: np.stack(each, axis=1))
+# Scales of groups whose sums have overflowed are searched as well.
+infinite = arrays(
+    np.float32,
+    GROUP,
+    elements=st.sampled_from([np.inf, -np.inf, np.nan, 1.0, -0.25]),
+    fill=st.just(np.float32(0.5)),
+)
+
+
+def several_of(groups: st.SearchStrategy[Floats]) -> st.SearchStrategy[Floats]:
+    return st.lists(groups, min_size=1, max_size=3).map(lambda each: np.stack(each, axis=1))
+
+
+several = several_of(groups)
 many_costs = arrays(np.float32, (GROUP, 3), elements=costs)
 thorough = settings(deadline=None, max_examples=100)
 
@@ -130,7 +146,7 @@ def columns_of(x: Floats) -> list[list[np.float32]]:
 
 
 @thorough
-@given(x=several, cost=many_costs, half=st.sampled_from([4, 32]))
+@given(x=several_of(groups | infinite), cost=many_costs, half=st.sampled_from([4, 32]))
 def test_make_qx_agrees_with_a_loop(x: Floats, cost: Floats, half: int) -> None:
     cost = np.ascontiguousarray(cost[:, : x.shape[1]])
     found = kernels.make_qx(x, half, cost)
@@ -182,6 +198,55 @@ def test_make_qp_agrees_with_a_loop(x: Floats, cost: Floats, top: int, negative:
     expected = [loops.qp(column, top, weights) for column, weights in pairs]
     assert same(found.scale, [scale for scale, _ in expected])
     assert found.levels.T.tolist() == [levels for _, levels in expected]
+
+
+def test_negative_scales_may_be_too_large_to_round() -> None:
+    """Scales that were found where four groups of eight count; beyond 2**22 their codes are odd."""
+    x = np.array([-0.2, 1.7126e-6, 1.6411e-6, 1.5537e-6, 1.2239e-6, 1.7325e-6], np.float32)
+    cost = np.array([1.732, 0, 0, 1.732, 0, 1.732], np.float32)
+    for size in (0.2, 0.3, 0.5, 0.7, 1.1, 5.3):
+        x[0] = -size
+        found = kernels.make_qp(x[:, None], 63, cost[:, None])
+        scale, levels = loops.qp(list(x), 63, list(cost))
+        assert same(found.scale, [scale])
+        assert found.levels[:, 0].tolist() == levels
+
+
+@thorough
+@given(x=several, name=st.sampled_from(["Q2_K", "Q4_K"]))
+def test_scales_are_quantized_as_in_a_loop(x: Floats, name: str) -> None:
+    top = {"Q2_K": 15, "Q4_K": 63}[name]
+    scale, levels = by_largest(x, top)
+    expected = [loops.quantized_scales(name, column, top) for column in columns_of(x)]
+    assert same(scale, [each for each, _ in expected])
+    assert levels.T.tolist() == [each for _, each in expected]
+
+
+@settings(deadline=None)
+@given(
+    scales=arrays(np.uint8, (8, 2), elements=st.integers(0, 255)),
+    mins=arrays(np.uint8, (8, 2), elements=st.integers(0, 63)),
+    name=st.sampled_from(["Q2_K", "Q4_K"]),
+)
+def test_levels_too_large_for_their_bits_overlap_as_in_the_bytes(
+    scales: NDArray[np.uint8], mins: NDArray[np.uint8], name: str
+) -> None:
+    if name == "Q2_K":
+        mins = mins & np.uint8(15)
+    found = as_stored(scales, mins, {"Q2_K": 15, "Q4_K": 63}[name])
+    for column in range(2):
+        expected = loops.read_back(name, scales[:, column].tolist(), mins[:, column].tolist())
+        assert tuple(each[:, column].tolist() for each in found) == expected
+
+
+@thorough
+@given(
+    x=arrays(np.float32, (3, 2), elements=st.floats(-100, 100, width=32)),
+    divisor=arrays(np.float32, 2, elements=st.floats(2.0**-24, 4, width=32)),
+)
+def test_quotients_are_rounded_by_their_bits(x: Floats, divisor: Floats) -> None:
+    expected = [[loops.clipped(v / d, -32, 31) for v, d in zip(r, divisor, strict=True)] for r in x]
+    assert rounded_quotients(x.copy(), divisor, -32, 31).tolist() == expected
 
 
 def hard_cases(count: int, columns: int) -> Iterator[tuple[str, Floats, Floats]]:

@@ -94,7 +94,7 @@ def affine(rule: Rule, x: Floats, importance: Floats | None) -> Fields:
             search = make_qkx(
                 values, rule.top, _plain_weights(values, rule), *rule.search, mad=rule.mad
             )
-            largest, levels = _by_largest(blocks.of_blocks(*_both(search)), rule.scale_top)
+            largest, levels = by_largest(blocks.of_blocks(*_both(search)), rule.scale_top)
         else:
             weights = blocks.weights(values, part, rule.spread)
             search = make_qkx(values, rule.top, weights, *SEARCH_BY_IMPORTANCE)
@@ -105,7 +105,7 @@ def affine(rule: Rule, x: Floats, importance: Floats | None) -> Fields:
             if rule.limited:
                 np.minimum(levels, rule.scale_top, out=levels)
         d, dmin = np.split(largest.astype(np.float16), 2)
-        scales, mins = _as_stored(levels[:, : len(d)], levels[:, len(d) :], rule.scale_top)
+        scales, mins = as_stored(levels[:, : len(d)], levels[:, len(d) :], rule.scale_top)
         values += (dmin.astype(np.float32) * mins).ravel()
         divisor = (d.astype(np.float32) * scales).ravel()
         codes = _requantized(values, divisor, 0, rule.top, search.levels)
@@ -232,7 +232,7 @@ def _plain_weights(values: Floats, rule: Rule) -> Floats:
     return weights
 
 
-def _by_largest(values: Floats, top: int) -> tuple[Floats, Levels]:
+def by_largest(values: Floats, top: int) -> tuple[Floats, Levels]:
     """Steps (B,) and levels (groups, B) of values (groups, B), the largest of which gets `top`."""
     largest = np.maximum(np.maximum.reduce(values, axis=0), ZERO)
     inverse = np.float32(top) / largest
@@ -260,7 +260,7 @@ def _by_signed_largest(
     return step, rounded_by_bits(inverse * scale, -count, high), zero
 
 
-def _as_stored(scales: Levels, mins: Levels, top: int) -> tuple[Levels, Levels]:
+def as_stored(scales: Levels, mins: Levels, top: int) -> tuple[Levels, Levels]:
     """Levels (groups, B) as they are read back from a block in which too large ones overlap."""
     four, six = np.uint8(4), np.uint8(6)
     if top == 15:
