@@ -44,7 +44,11 @@ class Measure(_Model):
 
 
 class Budget(_Model):
-    """One comparison that a test made with a measure."""
+    """One comparison that a test made with a measure.
+
+    A careful one has an `outcome` (`pass`, `fail` or `inconclusive`), one-sided bounds, and how
+    many windows it took; `ok` then says what the run's policy made of it.
+    """
 
     test: str
     metric: str
@@ -52,10 +56,36 @@ class Budget(_Model):
     op: str
     budget: float
     ok: bool
+    outcome: str = ""
+    lower: float | None = None
+    upper: float | None = None
+    windows: int | None = None
+
+
+class Change(_Model):
+    """A measure against the saved baseline: `difference` is the new value minus the saved one.
+
+    The bounds of the difference are one-sided, each at the `confidence`. One with a threshold has
+    the `margin` by which it may be worse, and an `outcome`: `pass`, `fail` or `inconclusive`.
+    """
+
+    metric: str
+    saved: float
+    value: float
+    difference: float
+    confidence: float = 0.95
+    lower: float | None = None
+    upper: float | None = None
+    margin: float | None = None
+    outcome: str = ""
 
 
 class LayerRow(_Model):
-    """One quantized layer: how many bits it takes and how far its weights moved."""
+    """One quantized layer: how many bits it takes, how far its weights moved, what that does.
+
+    `kl` is KL(base || base with only this layer quantized) per token, nats; None where no test
+    asked for it.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -63,6 +93,22 @@ class LayerRow(_Model):
     snr_db: float | None = None
     cosine: float | None = None
     output_error: float | None = None
+    kl: float | None = None
+
+
+class Additivity(_Model):
+    """How far the KL of single quantized parts add up to that of all together, nats per token.
+
+    `embeddings` are the parts that are no layers, `rest` all other changed parameters; `sum` is of
+    all parts, `total` of the whole candidate on the same tokens.
+    """
+
+    sum: float
+    total: float
+    embeddings: dict[str, float] = Field(default_factory=dict)
+    rest: float = 0.0
+    windows: int = 0
+    tokens: int = 0
 
 
 class CandidateResult(_Model):
@@ -75,25 +121,44 @@ class CandidateResult(_Model):
     simulated: bool = False
     measures: dict[str, Measure] = Field(default_factory=dict)
     layers: list[LayerRow] = Field(default_factory=list)
+    additivity: Additivity | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     keys: dict[str, str] = Field(default_factory=dict)
     budgets: list[Budget] = Field(default_factory=list)
+    changes: list[Change] = Field(default_factory=list)
     tests: dict[str, Outcome] = Field(default_factory=dict)
     error: str = ""
 
     def merge(self, other: CandidateResult) -> None:
         """Take over what `other`, a later fragment of the same candidate, knows."""
-        self.measures.update(other.measures)
+        for name, measure in other.measures.items():
+            known = self.measures.get(name)
+            # A test that drew fewer windows takes nothing back.
+            if known is None or (measure.n or 0) >= (known.n or 0):
+                self.measures[name] = measure
         self.seconds.update(other.seconds)
         self.keys.update(other.keys)
         self.tests.update(other.tests)
-        self.layers = other.layers or self.layers
+        if other.layers:
+            known_layers = {layer.name: layer for layer in self.layers}
+            self.layers = [_completed(each, known_layers.get(each.name)) for each in other.layers]
+        self.additivity = other.additivity or self.additivity
         self.kernel = other.kernel or self.kernel
         self.simulated = other.simulated or self.simulated
         self.error = other.error or self.error
-        known = {(b.test, b.metric, b.op, b.budget) for b in other.budgets}
-        kept = [b for b in self.budgets if (b.test, b.metric, b.op, b.budget) not in known]
+        changed = {change.metric for change in other.changes}
+        kept_changes = [change for change in self.changes if change.metric not in changed]
+        self.changes = [*kept_changes, *other.changes]
+        again = {(b.test, b.metric, b.op, b.budget) for b in other.budgets}
+        kept = [b for b in self.budgets if (b.test, b.metric, b.op, b.budget) not in again]
         self.budgets = [*kept, *other.budgets]
+
+
+def _completed(layer: LayerRow, known: LayerRow | None) -> LayerRow:
+    """The layer, with what it leaves open as it was known before."""
+    if known is None:
+        return layer
+    return layer.model_copy(update={k: v for k, v in known if getattr(layer, k) is None})
 
 
 class Results(_Model):
@@ -107,6 +172,7 @@ class Results(_Model):
     evaluation: dict[str, Any] = Field(default_factory=dict)
     calibration: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
+    baseline: str = ""
     candidates: list[CandidateResult] = Field(default_factory=list)
     built: dict[str, int] = Field(default_factory=dict)
     reused: int = 0
@@ -175,8 +241,17 @@ def merge_results(documents: Iterable[Results]) -> Results:
                     f"({_named(ours)} and {_named(theirs)}). Merge only runs over the "
                     "same model and evaluation set."
                 )
+        if merged.baseline and document.baseline and merged.baseline != document.baseline:
+            raise DataError(
+                f"The results cannot be merged: they were compared with different baselines "
+                f"({merged.baseline!r} and {document.baseline!r}). Compare all with one."
+            )
+        merged.baseline = merged.baseline or document.baseline
         for row in document.candidates:
             merged.add(row.model_copy(deep=True))
+        floor = document.evaluation.get("noise_floor")
+        if floor is not None:
+            merged.evaluation.setdefault("noise_floor", floor)
         for key, count in document.built.items():
             merged.built[key] = merged.built.get(key, 0) + count
         for key, count in document.summary.items():

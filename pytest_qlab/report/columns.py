@@ -1,4 +1,4 @@
-"""Which measures are columns: their headings, units, formats, and which direction is better."""
+"""Which measures are columns: their headings, units and formats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pytest_qlab.directions import known_direction
 from pytest_qlab.results import CandidateResult, Measure, Results
 
 Better = Literal["lower", "higher", ""]
@@ -25,7 +26,6 @@ class Column:
     Attributes:
         name: the measure's name in the document.
         heading, short: long and terminal heading. `unit`: shown beside the heading.
-        better: which direction is better, or empty where neither is.
         digits: significant digits of the smallest shown value; `most`: the most decimals.
         primary: in the main table of the page; the others follow in a second one.
         rank: importance; the terminal drops the highest ranks first.
@@ -38,7 +38,6 @@ class Column:
     short: str
     meaning: str = ""
     unit: str = ""
-    better: Better = ""
     kind: Kind = "number"
     group: Group = "Other"
     digits: int = 3
@@ -88,6 +87,11 @@ class Column:
         return f"{'∞' if math.isinf(shown) else f'{shown:.3g}'}{unit}"
 
     @property
+    def better(self) -> Better:
+        """Which direction is better, or empty where that is not known."""
+        return known_direction(self.name) or ""
+
+    @property
     def suffix(self) -> str:
         """The unit as it follows a number in running text."""
         return "%" if self.unit == "%" else f" {self.unit}" if self.unit else ""
@@ -100,7 +104,7 @@ class Column:
 
 
 def _quality(name: str, heading: str, short: str, rank: int, **more: object) -> Column:
-    column = Column(name, heading, short, rank=rank, better="lower", group="Quality")
+    column = Column(name, heading, short, rank=rank, group="Quality")
     return replace(column, **more)  # type: ignore[arg-type]
 
 
@@ -150,12 +154,20 @@ KNOWN: tuple[Column, ...] = (
     ),
     _quality("kl.max", "KL max", "KL max", 27, unit="nats", most=3, primary=False),
     _quality(
+        "kl.tail",
+        "KL tail",
+        "KL tail",
+        27,
+        kind="percent",
+        primary=False,
+        meaning="tokens whose divergence is above 1 nat",
+    ),
+    _quality(
         "top1_agreement",
         "Top-1 agreement",
         "top-1",
         5,
         kind="percent",
-        better="higher",
         meaning="tokens for which the most likely next token is the baseline's",
     ),
     _quality(
@@ -164,7 +176,6 @@ KNOWN: tuple[Column, ...] = (
         "SNR",
         9,
         unit="dB",
-        better="higher",
         most=1,
         meaning="signal-to-noise ratio of the final hidden states",
     ),
@@ -173,7 +184,6 @@ KNOWN: tuple[Column, ...] = (
         "Hidden cosine",
         "cosine",
         28,
-        better="higher",
         digits=6,
         most=5,
         primary=False,
@@ -185,7 +195,6 @@ KNOWN: tuple[Column, ...] = (
         "w SNR",
         20,
         unit="dB",
-        better="higher",
         most=1,
         primary=False,
         meaning="signal-to-noise ratio of the quantized weights",
@@ -195,7 +204,6 @@ KNOWN: tuple[Column, ...] = (
         "Weight cosine",
         "w cos",
         29,
-        better="higher",
         digits=6,
         most=5,
         primary=False,
@@ -213,7 +221,6 @@ KNOWN: tuple[Column, ...] = (
         "Bits per weight",
         "bits",
         "stored bits per weight of the quantized linear layers, scales and zeros included",
-        better="lower",
         group="Size",
         digits=4,
         most=2,
@@ -224,7 +231,6 @@ KNOWN: tuple[Column, ...] = (
         "Bits per weight, model",
         "bits all",
         "stored bits per weight of the whole model, embeddings and head included",
-        better="lower",
         group="Size",
         digits=4,
         most=2,
@@ -238,7 +244,6 @@ KNOWN: tuple[Column, ...] = (
         "bytes of the base model over bytes of the candidate",
         unit=TIMES,
         kind="times",
-        better="higher",
         group="Size",
         most=2,
         rank=6,
@@ -249,7 +254,6 @@ KNOWN: tuple[Column, ...] = (
         "size",
         "stored bytes of the whole model",
         kind="bytes",
-        better="lower",
         group="Size",
         most=1,
         rank=10,
@@ -260,7 +264,6 @@ KNOWN: tuple[Column, ...] = (
         "resident",
         "bytes of parameters and buffers in memory",
         kind="bytes",
-        better="lower",
         group="Memory and speed",
         most=1,
         primary=False,
@@ -272,7 +275,6 @@ KNOWN: tuple[Column, ...] = (
         "KV/tok",
         "bytes that one token adds to the key-value cache",
         kind="bytes",
-        better="lower",
         group="Memory and speed",
         most=1,
         primary=False,
@@ -284,7 +286,6 @@ KNOWN: tuple[Column, ...] = (
         "peak",
         "highest live bytes during a forward pass",
         kind="bytes",
-        better="lower",
         group="Memory and speed",
         most=1,
         rank=13,
@@ -295,7 +296,6 @@ KNOWN: tuple[Column, ...] = (
         "p50",
         "median time of a forward pass",
         kind="seconds",
-        better="lower",
         group="Memory and speed",
         most=2,
         rank=7,
@@ -306,7 +306,6 @@ KNOWN: tuple[Column, ...] = (
         "p99",
         "99th percentile of the time of a forward pass",
         kind="seconds",
-        better="lower",
         group="Memory and speed",
         most=2,
         primary=False,
@@ -319,7 +318,6 @@ KNOWN: tuple[Column, ...] = (
         "time over the baseline's, measured interleaved in one process",
         unit=TIMES,
         kind="times",
-        better="lower",
         group="Memory and speed",
         most=2,
         rank=11,

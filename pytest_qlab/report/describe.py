@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pytest_qlab.results import Results
+from pytest_qlab.results import CandidateResult, Results
 
 
 def subject(results: Results) -> list[tuple[str, str]]:
@@ -52,6 +52,30 @@ def machine(environment: Mapping[str, Any]) -> str:
     known = versions if isinstance(versions, Mapping) else environment
     texts += [f"{key} {known[key]}" for key in ("python", "torch") if known.get(key)]
     return ", ".join(texts)
+
+
+def noise_floor(results: Results) -> str:
+    """What the base model gets against itself, or that it is not known; empty without any KL."""
+    floor = results.evaluation.get("noise_floor")
+    if not isinstance(floor, Mapping):
+        return ""
+    if not floor.get("path"):
+        return "noise floor of KL: not known, the base model runs in one way only"
+    return (
+        f"noise floor of KL: {floor['mean']:.2g} nats ({floor['path']}, {floor['windows']} windows)"
+    )
+
+
+def additivity(candidate: CandidateResult) -> str:
+    """How far the KL of single layers add up, where that was measured."""
+    found = candidate.additivity
+    if found is None:
+        return ""
+    share = f", {found.sum / found.total:.0%}" if found.total else ""
+    return (
+        f"{candidate.id}: all parts by themselves add up to {found.sum:.3g} nats, together they "
+        f"cause {found.total:.3g}{share} ({found.tokens:,} tokens of {found.windows} windows)"
+    )
 
 
 def work(results: Results) -> str:

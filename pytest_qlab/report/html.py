@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from html import escape
 
-from pytest_qlab.report.columns import TIMES, Column, column_named, is_baseline
-from pytest_qlab.report.describe import outcome, subject
+from pytest_qlab.report.changes import render_changes
+from pytest_qlab.report.columns import TIMES, Column, is_baseline
+from pytest_qlab.report.describe import additivity, noise_floor, outcome, subject
+from pytest_qlab.report.html_budgets import (
+    OPERATORS,
+    SIGNS,
+    budget_html,
+    render_budgets,
+    sign_of,
+    sort_key,
+)
 from pytest_qlab.report.plots import is_aggregated, layer_strip, scatter, worst_layers
 from pytest_qlab.report.provenance import generator, render_provenance
 from pytest_qlab.report.style import SCRIPT, STYLE
@@ -15,18 +24,14 @@ from pytest_qlab.report.table import (
     Cell,
     Row,
     Table,
-    budget_text,
     build_table,
     failed_budgets,
-    margin,
     margin_text,
-    relative_margin,
     run_failed,
+    verdict_text,
 )
-from pytest_qlab.results import Budget, CandidateResult, Results
+from pytest_qlab.results import CandidateResult, Results
 
-SIGNS = {True: "✓", False: "✗"}
-OPERATORS = {"<=": "≤", ">=": "≥"}
 MOST_PROBLEMS = 12
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -65,7 +70,8 @@ def _body(results: Results) -> str:
         parts.append("<p>No candidate was measured.</p>")
     plots = _scatter(results) + _layers(results)
     parts.append(f'<div class="plots">{plots}</div>' if plots else "")
-    parts += [_errors(results), _budgets(table, results), _worst(results), _rest(table)]
+    parts += [_errors(results), render_budgets(table, results), render_changes(table, results)]
+    parts += [_worst(results), _rest(table)]
     parts.append(render_provenance(results))
     return f'<section class="qlab" aria-label="Quantization benchmark">{"".join(parts)}</section>'
 
@@ -76,10 +82,13 @@ def _head(results: Results) -> str:
     )
     failed = run_failed(results)
     broken = len(failed_budgets(results))
+    worse = sum(change.outcome == "fail" for row in results.candidates for change in row.changes)
     errors = sum(bool(row.error) for row in results.candidates)
     texts = []
     if broken:
         texts.append(f"{broken} budget{'' if broken == 1 else 's'} not kept")
+    if worse:
+        texts.append(f"{worse} measure{'' if worse == 1 else 's'} worse than saved")
     if errors:
         texts.append(f"{errors} candidate{'' if errors == 1 else 's'} could not be measured")
     told = outcome(results)
@@ -105,8 +114,8 @@ def _problems(table: Table) -> str:
                 lines.append(
                     f"<li><strong>{escape(row.candidate.id)}</strong>: {escape(budget.metric)} "
                     f"{escape(column.number(budget.value) + column.suffix)}, budget "
-                    f"{escape(_budget(column, budget))}, "
-                    f'<span class="bad">{escape(margin_text(column, budget))}</span> '
+                    f"{budget_html(column, budget)}, "
+                    f'<span class="bad">{escape(verdict_text(column, budget))}</span> '
                     f'<span class="soft">in {escape(budget.test)}</span></li>'
                 )
     if len(lines) > MOST_PROBLEMS:
@@ -202,7 +211,7 @@ def _cell(cell: Cell, column: Column, lead: bool) -> str:
     hidden = '<span class="hidden"> (best)</span>' if cell.best else ""
     small = f'<span class="sub">{escape(cell.spread)}</span>' if cell.spread else ""
     for budget in cell.budgets:
-        told = f"{SIGNS[budget.ok]} {OPERATORS.get(budget.op, budget.op)} "
+        told = f"{sign_of(budget)} {OPERATORS.get(budget.op, budget.op)} "
         told += column.plain(budget.budget)
         small += f'<span class="sub judged">{escape(told)}</span>'
         if not budget.ok:
@@ -213,13 +222,6 @@ def _cell(cell: Cell, column: Column, lead: bool) -> str:
         f'<td {kind}{place} data-v="{value}" {title}>'
         f'<span class="v">{escape(cell.text)}</span>{dagger}{hidden}{small}</td>'
     )
-
-
-def sort_key(value: float) -> str:
-    """A number as JavaScript reads it."""
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return repr(float(value))
 
 
 def _first_line(text: str) -> str:
@@ -247,69 +249,14 @@ def _notes(table: Table, results: Results) -> str:
     if confidences:
         levels = " or ".join(f"{100 * level:g}%" for level in sorted(confidences))
         notes.append(f"Small ± numbers: {levels} confidence intervals, clustered by document.")
+    floor = noise_floor(results)
+    if floor:
+        notes.append(f"{escape(floor[0].upper() + floor[1:])}. It bounds what any KL can mean.")
     if any(cell.value is None for row in table.rows for cell in row.cells):
         notes.append(f"{ABSENT} not measured.")
     return (
         f'<ul class="notes">{"".join(f"<li>{note}</li>" for note in notes)}</ul>' if notes else ""
     )
-
-
-def _budgets(table: Table, results: Results) -> str:
-    columns = {column.name: column for column in table.columns}
-    judged = [(row, b) for row in results.candidates for b in row.budgets]
-    if not judged:
-        return ""
-    judged.sort(key=lambda pair: pair[1].ok)
-    lines = []
-    for row, budget in judged:
-        column = columns.get(budget.metric) or column_named(budget.metric).fitted([budget.value])
-        relative = relative_margin(budget)
-        share = "" if relative is None else f" ({relative:+.0%})"
-        sign, style = SIGNS[budget.ok], "kept" if budget.ok else "broken"
-        word = "kept" if budget.ok else "not kept"
-        lines.append(
-            f'<tr><td class="text {style}" data-c="ok" data-v="{int(budget.ok)}">'
-            f'<span class="judged">{sign} {word}</span></td>'
-            f'<td class="text wrap" data-c="test" data-v="{escape(budget.test)}">'
-            f"{escape(budget.test)}</td>"
-            f'<th scope="row" class="name" data-c="id" data-v="{escape(row.id)}">'
-            f"{escape(row.id)}</th>"
-            f'<td class="text" data-c="metric" data-v="{escape(budget.metric)}">'
-            f"{escape(budget.metric)}</td>"
-            f'<td data-c="value" data-v="{sort_key(budget.value)}">'
-            f"{escape(column.number(budget.value) + column.suffix)}</td>"
-            f'<td data-c="budget" data-v="{sort_key(budget.budget)}">'
-            f"{escape(_budget(column, budget))}</td>"
-            f'<td data-c="margin" data-v="{sort_key(margin(budget))}">'
-            f"{escape(margin_text(column, budget) + share)}</td></tr>"
-        )
-    heads = (
-        ("ok", "Outcome", True),
-        ("test", "Test", True),
-        ("id", "Candidate", True),
-        ("metric", "Measure", True),
-        ("value", "Value", False),
-        ("budget", "Budget", False),
-        ("margin", "Margin", False),
-    )
-    head = "".join(
-        f'<th scope="col" data-c="{key}"'
-        + (' class="name"' if text else "")
-        + (' data-kind="text"' if text and key != "ok" else "")
-        + f">{label}</th>"
-        for key, label, text in heads
-    )
-    return (
-        '<h3>Budgets</h3><div class="scroll" tabindex="0" role="region" aria-label="Budgets">'
-        '<table class="sortable"><caption>Every comparison that a test made with a measure, those '
-        f"not kept first.</caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-        "</table></div>"
-    )
-
-
-def _budget(column: Column, budget: Budget) -> str:
-    text = budget_text(column, budget)
-    return text.replace(budget.op, OPERATORS.get(budget.op, budget.op), 1)
 
 
 def _errors(results: Results) -> str:
@@ -350,30 +297,43 @@ def _layers(results: Results) -> str:
 
 
 def _worst(results: Results) -> str:
-    """The same as the strip, for those who read numbers: where each candidate is noisiest."""
+    """The same as the strip, for those who read numbers: where each candidate loses most."""
     lines = []
     for row in results.candidates:
         for layer in [] if is_baseline(row) else worst_layers(row, 3):
             error = ABSENT if layer.output_error is None else f"{layer.output_error:.4g}"
+            decibels = ABSENT if layer.snr_db is None else f"{layer.snr_db:.1f}"
             lines.append(
                 f'<tr><th scope="row">{escape(row.id)}</th>'
                 f'<td class="text">{escape(layer.name)}</td>'
                 f"<td>{layer.shape[0]} {TIMES} {layer.shape[1]}</td>"
-                f"<td>{layer.bits_per_weight:.2f}</td><td>{layer.snr_db:.1f}</td>"
-                f"<td>{error}</td></tr>"
+                f"<td>{layer.bits_per_weight:.2f}</td><td>{decibels}</td>"
+                f"<td>{error}</td><td>{ABSENT if layer.kl is None else f'{layer.kl:.3g}'}</td></tr>"
             )
     head = "".join(
         f'<th scope="col"{" class=name" if place < 2 else ""}>{label}</th>'
         for place, label in enumerate(
-            ("Candidate", "Layer", "Shape", "Bits per weight", "SNR, dB", "Output error")
+            (
+                "Candidate",
+                "Layer",
+                "Shape",
+                "Bits per weight",
+                "SNR, dB",
+                "Output error",
+                "KL by itself, nats",
+            )
         )
     )
     if not lines:
         return ""
+    told = "".join(
+        f"<p>{escape(text)}.</p>" for text in map(additivity, results.candidates) if text
+    )
     return (
         "<details><summary>The three noisiest layers of each candidate</summary>"
-        f'<div class="scroll"><table><caption>Noisiest first.</caption><thead><tr>{head}</tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+        '<div class="scroll"><table><caption>Those that cause most KL by themselves, where that '
+        "was measured; else those whose weights moved most.</caption><thead><tr>"
+        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{told}</details>"
     )
 
 

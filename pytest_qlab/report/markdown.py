@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pytest_qlab.report.describe import outcome, subject, work
-from pytest_qlab.report.table import Cell, Row, Table, budget_text, build_table, margin_text
+from pytest_qlab.report.changes import told_changes
+from pytest_qlab.report.describe import noise_floor, outcome, subject, work
+from pytest_qlab.report.table import Cell, Row, Table, budget_text, build_table, verdict_text
 from pytest_qlab.results import Results
 
 MOST_BYTES = 60_000
@@ -23,17 +24,21 @@ def render_markdown(results: Results) -> str:
     shown = table.only(primary=True)
     head = ["## Quantization benchmark", ""]
     head += [f"{label}: {text_of(text)}  " for label, text in subject(results)]
-    told = outcome(results)
-    head += [f"Tests: {text_of(told)}  "] if told else []
+    tests = outcome(results)
+    head += [f"Tests: {text_of(tests)}  "] if tests else []
     if not table.rows:
         return "\n".join([*head, "", "No candidate was measured.", ""])
     lines = [*head, "", *_heads(shown)]
     rows = [_row(row) for row in shown.rows]
     failures = _failures(table)
+    changes = [
+        f"- {text_of(row.id)}: {text_of(text)}" for row, text in told_changes(table, results)
+    ]
     notes = ["", *_notes(table, results), ""]
     room = MOST_BYTES - 2000 - _size([*lines, *notes])
     kept = _fitting(rows, room * 3 // 4 if failures else room)
     told_failures = _fitting(failures, room - _size(kept))
+    told = _fitting(changes, room - _size(kept) - _size(told_failures))
     lines += kept
     if len(kept) < len(rows):
         lines += ["", f"{len(rows) - len(kept)} further candidates are left out for length."]
@@ -41,6 +46,10 @@ def render_markdown(results: Results) -> str:
         lines += ["", "### Failures", "", *told_failures]
     if len(told_failures) < len(failures):
         lines.append(f"- {len(failures) - len(told_failures)} further failures")
+    if changes:
+        lines += ["", f"### Against the baseline {text_of(results.baseline)}", "", *told]
+    if len(told) < len(changes):
+        lines.append(f"- {len(changes) - len(told)} further changes")
     return "\n".join([*lines, *notes])
 
 
@@ -101,8 +110,8 @@ def _failures(table: Table) -> list[str]:
                 value = f"{column.number(b.value)}{column.suffix}"
                 lines.append(
                     f"- {text_of(row.candidate.id)}: {text_of(b.metric)} = {text_of(value)}, "
-                    f"budget {text_of(budget_text(column, b))}, {text_of(margin_text(column, b))} "
-                    f"({text_of(b.test)})"
+                    f"budget {text_of(budget_text(column, b))}, "
+                    f"{text_of(verdict_text(column, b))} ({text_of(b.test)})"
                 )
         if row.candidate.error:
             lines.append(f"- {text_of(row.candidate.id)}: {text_of(row.candidate.error)}")
@@ -119,5 +128,8 @@ def _notes(table: Table, results: Results) -> list[str]:
             f"† simulated: no kernel runs the packed bits{text_of(through)}; the time says nothing "
             "about the format's speed.  "
         )
+    floor = noise_floor(results)
+    if floor:
+        notes.append(f"{text_of(floor[0].upper() + floor[1:])}.  ")
     notes.append(f"Bold is the best of its column. {text_of(work(results))}.")
     return notes

@@ -283,7 +283,10 @@ def heat_class(value: float | None) -> str:
 
 
 def worst_layers(row: CandidateResult, count: int) -> list[LayerRow]:
-    """The layers whose weights moved the most."""
+    """The layers that cause most KL, or where that was not measured, whose weights moved most."""
+    caused = [(layer.kl, layer) for layer in row.layers if layer.kl is not None]
+    if caused:
+        return [layer for _, layer in sorted(caused, key=lambda p: (-p[0], p[1].name))[:count]]
     known = [layer for layer in row.layers if layer.snr_db is not None]
     return sorted(known, key=lambda layer: (layer.snr_db or 0.0, layer.name))[:count]
 

@@ -9,6 +9,8 @@ from pytest_qlab.report.columns import Column, columns_of, is_baseline, measure_
 from pytest_qlab.results import Budget, CandidateResult, Measure, Results
 
 ABSENT = "\N{EN DASH}"
+UNDECIDED = "inconclusive"
+"""The outcome of a careful assertion that all windows left open."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ def _cell(candidate: CandidateResult, column: Column, best: float | None) -> Cel
     if measure.n is not None:
         clusters = f" in {measure.clusters} documents" if measure.clusters else ""
         parts.append(f"n = {measure.n}{clusters}")
+    if measure.floor is not None:
+        parts.append(f"noise floor {measure.floor:.2g}")
     parts += [text for text in (measure.convention, measure.detail) if text]
-    parts += [f"budget {budget_text(column, b)}: {margin_text(column, b)}" for b in budgets]
+    parts += [f"budget {budget_text(column, b)}: {verdict_text(column, b)}" for b in budgets]
     if simulated:
         parts.append("simulated: no kernel runs the packed bits")
     is_best = best is not None and measure.value == best and not simulated
@@ -152,10 +156,46 @@ def budget_text(column: Column, budget: Budget) -> str:
 
 def margin_text(column: Column, budget: Budget) -> str:
     """How much is left, or by how much the value is over or short."""
-    amount = column.amount(abs(margin(budget)))
-    if budget.ok:
+    room = margin(budget)
+    amount = column.amount(abs(room))
+    # What is undecided may be on either side of its budget, whatever the run makes of it.
+    if room > 0 or (room == 0 and budget.ok) or (budget.ok and not budget.outcome):
         return f"{amount} left"
     return f"{amount} short" if budget.op.startswith(">") else f"{amount} over"
+
+
+def outcome_word(budget: Budget) -> str:
+    """`kept`, `not kept`, or `undecided` where a careful assertion remained open."""
+    if budget.outcome == UNDECIDED:
+        return "undecided"
+    return "kept" if budget.ok else "not kept"
+
+
+def decision_text(column: Column, budget: Budget) -> str:
+    """What a careful assertion rests on: its bound and how many windows it took; else nothing."""
+    if not budget.outcome:
+        return ""
+    lower, upper = (
+        None if bound is None else column.plain(bound) for bound in (budget.lower, budget.upper)
+    )
+    if budget.outcome == UNDECIDED:
+        bounds = f"between {lower or '-∞'} and {upper or '∞'}"
+    elif budget.lower == budget.upper:
+        bounds = "exact"
+    elif (budget.outcome == "pass") == budget.op.startswith("<"):
+        bounds = f"at most {upper}"
+    else:
+        bounds = f"at least {lower}"
+    plural = "" if budget.windows == 1 else "s"
+    windows = "" if budget.windows is None else f", {budget.windows} window{plural}"
+    return f"{bounds}{column.suffix if bounds != 'exact' else ''}{windows}"
+
+
+def verdict_text(column: Column, budget: Budget) -> str:
+    """The margin, and for a careful assertion what it rests on."""
+    undecided = "undecided, " if budget.outcome == UNDECIDED else ""
+    told = decision_text(column, budget)
+    return f"{undecided}{margin_text(column, budget)}{f' ({told})' if told else ''}"
 
 
 def relative_margin(budget: Budget) -> float | None:

@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pytest_qlab.report.changes import told_changes
 from pytest_qlab.report.columns import TIMES, Column
-from pytest_qlab.report.describe import subject, work
-from pytest_qlab.report.table import ABSENT, Row, Table, budget_text, build_table, margin_text
+from pytest_qlab.report.describe import noise_floor, subject, work
+from pytest_qlab.report.table import ABSENT, Row, Table, budget_text, build_table, verdict_text
 from pytest_qlab.results import Results
 
 NARROWEST = 20
@@ -51,6 +52,11 @@ def render_terminal(results: Results, width: int) -> list[str]:
         lines.append("failures:")
         for failure in failures:
             lines += _wrapped(failure, width, "  ")
+    changes = [clean(f"{row.id}: {text}") for row, text in told_changes(table, results)]
+    if changes:
+        lines += _wrapped(clean(f"against the baseline {results.baseline}:"), width, "")
+        for change in changes:
+            lines += _wrapped(change, width, "  ")
     for note in _notes(table, results, body, left_out):
         lines += _wrapped(note, width, "")
     return lines
@@ -167,7 +173,7 @@ def _failures(table: Table) -> Iterator[str]:
                 yield clean(
                     f"{row.candidate.id}: {budget.metric} = {column.number(budget.value)}"
                     f"{column.suffix}, budget {budget_text(column, budget)}, "
-                    f"{margin_text(column, budget)} ({budget.test})"
+                    f"{verdict_text(column, budget)} ({budget.test})"
                 )
         if row.candidate.error:
             yield clean(f"{row.candidate.id}: {row.candidate.error}")
@@ -189,6 +195,9 @@ def _notes(
             f"~  simulated: no kernel runs the packed bits{through}; the time says nothing about "
             "the format's speed"
         )
+    floor = noise_floor(results)
+    if floor:
+        yield clean(floor)
     if left_out:
         yield f"left out for width: {', '.join(left_out)}"
     yield work(results)
