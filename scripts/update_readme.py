@@ -62,7 +62,7 @@ def replaced(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of that name replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no markers named {name}")
+        raise SystemExit(f"there are no markers named {name}")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pytest_qlab.stats.distributions import t_quantile
 from pytest_qlab.stats.paired import FloatArray, IntArray
 
 REPLICATES = 2000
+_AT_ONCE = 2**17  # numbers that intermediate arrays have, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,19 @@ class BootstrapQuantile:
     upper: float | None
 
 
-def cluster_counts(clusters: int, replicates: int, seed: int) -> FloatArray:
+def cluster_counts(clusters: int, replicates: int, seed: int) -> NDArray[np.float32]:
     """How often each cluster occurs in each replicate: (replicates, clusters), rows sum to C."""
     generator = np.random.default_rng(seed)
-    shares = np.full(clusters, 1.0 / clusters)
-    return generator.multinomial(clusters, shares, size=replicates).astype(np.float64)
+    # Drawing and counting is several times as fast as numpy's multinomial.
+    drawn = generator.integers(clusters, size=(replicates, clusters), dtype=np.int32)
+    counts = np.empty((replicates, clusters), dtype=np.float32)
+    step = max(1, _AT_ONCE // clusters)
+    for start in range(0, replicates, step):
+        rows = drawn[start : start + step]
+        rows += (np.arange(len(rows), dtype=np.int32) * clusters)[:, None]
+        found = np.bincount(rows.ravel(), minlength=rows.size)
+        counts[start : start + step] = found.reshape(rows.shape)
+    return counts
 
 
 def clustered_quantiles(
@@ -49,6 +60,7 @@ def clustered_quantiles(
 
     A quantile q is the smallest value with at least a share q of the tokens at or below it
     (numpy's `inverted_cdf`). The order of the tokens and the names of the clusters do not matter.
+    The interval is between two quantiles of the replicates, further out for fewer clusters.
 
     Args:
         values: per token; clusters: per token, 0..C-1.
@@ -65,7 +77,7 @@ def clustered_quantiles(
         ]
     weights = cluster_counts(count, replicates, seed)
     finder = _WeightedQuantiles(members, count, weights)
-    tail = (1 - confidence) / 2
+    tail = expanded_tail((1 - confidence) / 2, count)
     found = []
     for q, point in zip(quantiles, points, strict=True):
         replicate = ordered[finder.positions(q)]
@@ -74,6 +86,18 @@ def clustered_quantiles(
             BootstrapQuantile(q, float(point), min(float(lower), point), max(float(upper), point))
         )
     return found
+
+
+def expanded_tail(tail: float, clusters: int) -> float:
+    """The share of the replicates that is left out on each side, so that a share `tail` errs there.
+
+    Replicates vary less than samples do, by sqrt((C - 1) / C), and as if their variance were known.
+    Source: Hesterberg 2015, What Teachers Should Know About the Bootstrap, The American
+    Statistician 69: the expanded percentile interval, which is as wide as Student's t where
+    replicates are normal.
+    """
+    reach = t_quantile(1 - tail, clusters - 1) * math.sqrt(clusters / (clusters - 1))
+    return NormalDist().cdf(-reach)
 
 
 def _rank(quantile: float, total: float) -> int:
@@ -94,34 +118,45 @@ def _canonical(values: NDArray[Any], clusters: IntArray) -> IntArray:
 class _WeightedQuantiles:
     """Positions of weighted quantiles in sorted tokens, for many weightings of their clusters.
 
-    The cumulative weight is known exactly at every b-th token, b = sqrt(n), from one matrix
+    The cumulative weight is known exactly at every b-th token, b about sqrt(n), from one matrix
     product; the block that holds the quantile is then searched token by token.
     """
 
-    def __init__(self, members: IntArray, clusters: int, weights: FloatArray) -> None:
+    def __init__(self, members: IntArray, clusters: int, weights: NDArray[np.float32]) -> None:
         size = members.size
-        self._members, self._weights = members, weights
-        self._block = max(1, math.isqrt(size))
+        self._block = max(1, math.isqrt(size) // 2)
         blocks = -(-size // self._block)
         table = np.bincount(
             members * blocks + np.arange(size) // self._block, minlength=clusters * blocks
         ).reshape(clusters, blocks)
-        # Counts are integers below 2^53, so the sums are exact in float64.
-        self._cumulative = weights @ np.cumsum(table, axis=1).astype(np.float64)
+        # Sums of whole numbers are exact: below 2^24 in float32, which is faster, else in float64.
+        largest = clusters * int(table.sum(axis=1).max())
+        kind = np.float32 if largest < 2**24 else np.float64
+        self._weights = weights.astype(kind, copy=False)
+        self._cumulative = self._weights @ np.cumsum(table, axis=1).astype(kind)
+        # What fills up the last block comes after all weight, so that no quantile falls on it.
+        filled = np.resize(members, blocks * self._block)
+        self._members = filled.reshape(blocks, self._block)
 
     def positions(self, quantile: float) -> IntArray:
         """Per replicate, the index of the token that is the quantile."""
-        total = self._cumulative[:, -1]
+        total = self._cumulative[:, -1].astype(np.float64)
         wanted = np.maximum(1.0, np.ceil(quantile * total * (1 - 1e-12)))
-        block = (self._cumulative < wanted[:, None]).sum(axis=1)
-        rows = np.arange(block.size)
-        before = np.where(block > 0, self._cumulative[rows, np.maximum(block - 1, 0)], 0.0)
-        inside = block[:, None] * self._block + np.arange(self._block)[None, :]
-        beyond = inside >= self._members.size
-        inside = np.minimum(inside, self._members.size - 1)
-        gained = np.where(beyond, 0.0, self._weights[rows[:, None], self._members[inside]])
-        short = (before[:, None] + np.cumsum(gained, axis=1)) < wanted[:, None]
-        return np.asarray(inside[rows, short.sum(axis=1)], dtype=np.int64)
+        found = np.empty(wanted.size, dtype=np.int64)
+        step = max(1, _AT_ONCE // self._block)
+        for start in range(0, wanted.size, step):
+            rows = slice(start, start + step)
+            found[rows] = self._search(rows, wanted[rows])
+        return found
+
+    def _search(self, rows: slice, wanted: FloatArray) -> IntArray:
+        cumulative = self._cumulative[rows]
+        block = (cumulative < wanted[:, None]).sum(axis=1)
+        before = np.take_along_axis(cumulative, np.maximum(block - 1, 0)[:, None], axis=1)
+        before[block == 0] = 0
+        gained = np.take_along_axis(self._weights[rows], self._members[block], axis=1)
+        short = (before + np.cumsum(gained, axis=1)) < wanted[:, None]
+        return np.asarray(block * self._block + short.sum(axis=1), dtype=np.int64)
 
 
 def median_ratio(

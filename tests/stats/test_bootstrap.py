@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from pytest_qlab.stats.bootstrap import (
     _canonical,
     cluster_counts,
     clustered_quantiles,
+    expanded_tail,
     median_ratio,
 )
 
@@ -20,7 +24,7 @@ def slow_replicates(
     values: NDArray[np.float64],
     clusters: NDArray[np.int64],
     quantile: float,
-    counts: NDArray[np.float64],
+    counts: NDArray[np.float32],
 ) -> NDArray[np.float64]:
     """Write the resampled tokens out, cluster by cluster, and take numpy's quantile of them."""
     found = []
@@ -52,9 +56,20 @@ def test_equals_plain_resampling(
     slow = slow_replicates(values, _canonical(values, members), quantile, counts)
     value = np.quantile(values, quantile, method="inverted_cdf")
     assert found.value == value
+    # t at 97.5 % of 1 to 8 degrees of freedom, from a table.
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)[clusters - 2]
+    tail = NormalDist().cdf(-t * math.sqrt(clusters / (clusters - 1)))
     # numpy interpolates between replicates in another order for one quantile than for two.
-    assert found.lower == pytest.approx(min(np.quantile(slow, 0.025), value), abs=1e-12)
-    assert found.upper == pytest.approx(max(np.quantile(slow, 0.975), value), abs=1e-12)
+    near = 1e-3 * (1 + float(np.ptp(slow)))  # the table has three digits
+    assert found.lower == pytest.approx(min(np.quantile(slow, tail), value), abs=near)
+    assert found.upper == pytest.approx(max(np.quantile(slow, 1 - tail), value), abs=near)
+
+
+def test_of_few_clusters_replicates_further_out_are_taken() -> None:
+    # t at 97.5 % of 10 and of 44 degrees of freedom is 2.2281 and 2.0154; P(Z < -2.3369) = 0.00972.
+    assert expanded_tail(0.025, 11) == pytest.approx(0.00972, abs=1e-5)
+    assert expanded_tail(0.025, 45) == pytest.approx(0.02077, abs=1e-5)
+    assert expanded_tail(0.025, 10**6) == pytest.approx(0.025, abs=1e-6)
 
 
 def test_counts_are_resamples_of_all_clusters() -> None:
