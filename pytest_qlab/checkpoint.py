@@ -205,29 +205,33 @@ def _read_layer(meta: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> 
     return QuantizedLayer(weight, activation)
 
 
+def structural_copy(model: nn.Module) -> Any:
+    """A copy whose modules can be replaced; its parameters are the model's own."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo=dict(shared))
+
+
 def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
     """A model with the checkpoint's packed layers; parameters it does not change are shared."""
-    shared = {id(parameter): parameter for parameter in base.parameters()}
-    model = copy.deepcopy(base, memo=dict(shared))
+    model = structural_copy(base)
     reference = next(base.parameters())
     originals = dict(base.named_parameters())
     with torch.no_grad():
-        _place_embeddings(model, checkpoint.embeddings(), reference)
+        place_embeddings(model, checkpoint.embeddings(), reference)
         for name, tensor in checkpoint.others().items():
             value = tensor.to(dtype=originals[name].dtype, device=reference.device)
             if not torch.equal(value, originals[name]):
-                _set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+                replace_parameter(model, name, value)
         layers = checkpoint.layers()
         for site in all_linears(model):
             layer = layers[site.name]
             module = _module(layer, site.bias, reference.dtype)
             site.replace(model, module.to(reference.device))
-    return model.eval()
+    evaluated: nn.Module = model.eval()
+    return evaluated
 
 
-def _place_embeddings(
-    model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor
-) -> None:
+def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor) -> None:
     """Put quantized embeddings in their places, and a head that is tied to one beside it."""
     for name, layer in embeddings.items():
         module = model.get_submodule(name)
@@ -259,6 +263,10 @@ def _module(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> P
     return PackedLinear(layer.weight, bias, layer.activation, dtype)
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
+def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter, and of all that are tied to it."""
+    old, new = model.get_parameter(name), nn.Parameter(value, requires_grad=False)
+    for module in model.modules():
+        for attribute, each in list(module._parameters.items()):
+            if each is old:
+                module.register_parameter(attribute, new)

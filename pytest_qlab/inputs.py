@@ -17,9 +17,11 @@ from pytest_qlab.data.windows import (
     calibration_sequences,
     check_windows,
     digest_of_windows,
+    looks_of,
     make_windows,
 )
 from pytest_qlab.errors import DataError
+from pytest_qlab.estimate import CONTIGUOUS
 from pytest_qlab.models.load import (
     LoadedModel,
     context_length,
@@ -74,6 +76,7 @@ class InputOptions:
     calibration_length: int = 512
     calibration_sequences: int = 128
     seed: int = 0
+    sampling: str = "spread"
 
 
 class ModelInput:
@@ -186,7 +189,8 @@ class EvaluationInput:
             return self._given.convention
         name = self._options.convention.rstrip("0123456789")
         length = int(self._options.convention[len(name) :] or self._options.window_length)
-        return f"{name}{self._model.fitting(length)}"
+        label = CONTIGUOUS if self._options.sampling == "contiguous" else ""
+        return f"{name}{self._model.fitting(length)}{label}"
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -198,6 +202,14 @@ class EvaluationInput:
     @cached_property
     def windows(self) -> WindowSet:
         """The token windows that are scored."""
+        return self._cut(self._options.max_windows)
+
+    @cached_property
+    def all_windows(self) -> WindowSet:
+        """All windows that the text has, of which `windows` are a sample."""
+        return self._cut(0)
+
+    def _cut(self, maximum: int) -> WindowSet:
         if isinstance(self._given, WindowSet):
             return self._given
         return make_windows(
@@ -205,8 +217,9 @@ class EvaluationInput:
             self._model.tokenizer,
             convention=self._options.convention,
             length=self._model.fitting(self._options.window_length),
-            maximum=self._options.max_windows,
+            maximum=maximum,
             seed=self._options.seed,
+            sampling=self._options.sampling,
             model_length=self._model.context,
             name=self.name,
         )
@@ -218,7 +231,8 @@ class EvaluationInput:
             # Not its own digest, which `dataclasses.replace` would leave as it was.
             windows = self._given
             digest = digest_of_windows(windows.convention, windows.documents, windows.windows)
-            return {"windows": digest}
+            # The seed says in which order they are drawn, and so what each look has.
+            return {"windows": digest, "seed": self._options.seed}
         options = self._options
         return {
             "version": WINDOWS_VERSION,
@@ -227,7 +241,12 @@ class EvaluationInput:
             "length": options.window_length,
             "maximum": options.max_windows,
             "seed": options.seed,
+            "sampling": options.sampling,
         }
+
+    def looks(self, count: int) -> tuple[tuple[int, ...], ...]:
+        """The order in which that many windows are drawn, see `looks_of`."""
+        return looks_of(count, self._options.seed)
 
 
 class CalibrationInput:

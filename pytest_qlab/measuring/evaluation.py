@@ -29,19 +29,34 @@ if TYPE_CHECKING:
     from pytest_qlab.lab import Lab
 
 
-def evaluate(lab: Lab, model: Any) -> TokenArrays:
-    """Per-token comparisons of `model` with the base model over the evaluation windows.
+def comparable_head(lab: Lab, model: Any) -> Head:
+    """The head of `model`.
 
-    One forward pass for each window yields every fidelity measure; no [tokens, vocabulary] matrix
-    is made unless the model's logits cannot be computed from its hidden states.
+    Raises:
+        ModelError: its logits are made in another way than the base model's.
     """
-    windows = lab.eval_data.windows
-    base_head, head = lab.reference.head, head_of(model)
-    if head.exact != base_head.exact:
+    head = head_of(model)
+    if head.exact != lab.reference.head.exact:
         raise ModelError(
             "The quantized model's logits are made from its hidden states in another way than the "
             "base model's, so the two cannot be compared."
         )
+    return head
+
+
+def evaluate(lab: Lab, head: Head, look: int) -> TokenArrays:
+    """Per-token comparisons of a model with the base model over the windows that one look adds.
+
+    One forward pass for each window yields every fidelity measure; no [tokens, vocabulary] matrix
+    is made unless the model's logits cannot be computed from its hidden states.
+
+    Args:
+        lab: whose evaluation windows they are.
+        head: of the model, as `comparable_head` finds it.
+        look: number of the look.
+    """
+    windows = lab.windows_of(look)
+    base_head = lab.reference.head
     base_dense, dense = dense_head(base_head), dense_head(head)
 
     def compare(
@@ -58,7 +73,7 @@ def evaluate(lab: Lab, model: Any) -> TokenArrays:
 
     comparisons: list[TokenComparison] = []
     states: list[HiddenComparison] = []
-    pairs = list(zip(windows, lab.reference.predictions(), strict=True))
+    pairs = list(zip(windows, lab.reference.predictions_of(look), strict=True))
     with torch.inference_mode():
         for number, (tokens, state) in enumerate(ordered_map(compare, pairs, lab.threads), 1):
             comparisons.append(tokens)
@@ -71,17 +86,17 @@ def evaluate(lab: Lab, model: Any) -> TokenArrays:
     return TokenArrays.collect(comparisons, documents, states or None)
 
 
-def evaluate_engine(lab: Lab, engine: Engine) -> TokenArrays:
-    """Per-token comparisons of another runtime's logits with the base model's.
+def evaluate_engine(lab: Lab, engine: Engine, look: int) -> TokenArrays:
+    """Per-token comparisons of another runtime's logits with the base model's, as `evaluate`.
 
     The runtime gives no hidden states, so those are not compared.
 
     Raises:
         EngineError: it gives logits of another shape than it was asked for.
     """
-    windows, head = lab.eval_data.windows, lab.reference.head
+    windows, head = lab.windows_of(look), lab.reference.head
     comparisons: list[TokenComparison] = []
-    pairs = zip(windows, lab.reference.predictions(), strict=True)
+    pairs = zip(windows, lab.reference.predictions_of(look), strict=True)
     for number, (window, expected) in enumerate(pairs, 1):
         targets, start = targets_of(window), 0
         pieces: list[TokenComparison] = []

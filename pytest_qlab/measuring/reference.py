@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FACTS = "facts.json"
 PREDICTIONS = "predictions.safetensors"
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 class Reference:
@@ -38,9 +38,13 @@ class Reference:
             "code": CODE_VERSION,
         }
 
+    def part(self, look: int) -> dict[str, Any]:
+        """`identity` of the windows that one look adds, which are an entry of their own."""
+        return {**self.identity(), "look": look}
+
     def facts(self) -> dict[str, Any]:
         """Sizes of the model and the evaluation set, if the base model has been run already."""
-        facts: dict[str, Any] = self._lab.store.peek("reference", self.identity(), FACTS) or {}
+        facts: dict[str, Any] = self._lab.store.peek("reference", self.part(0), FACTS) or {}
         return facts
 
     @cached_property
@@ -50,14 +54,23 @@ class Reference:
 
     def predictions(self) -> list[Tensor]:
         """For each window, the final hidden states or logits that predict its scored tokens."""
-        directory = self._lab.store.get("reference", self.identity(), self._build, Path)
+        found: dict[int, Tensor] = {}
+        for look, numbers in enumerate(self._lab.looks):
+            found.update(zip(numbers, self.predictions_of(look), strict=True))
+        return [found[number] for number in sorted(found)]
+
+    def predictions_of(self, look: int) -> list[Tensor]:
+        """The same for the windows that one look adds, in their order."""
+        directory = self._lab.store.get(
+            "reference", self.part(look), lambda path: self._build(path, look), Path
+        )
         joined = load_file(directory / PREDICTIONS)["predictions"]
-        lengths = [window.scored for window in self._lab.eval_data.windows]
+        lengths = [window.scored for window in self._lab.windows_of(look)]
         return list(torch.split(joined, lengths))
 
-    def _build(self, directory: Path) -> None:
+    def _build(self, directory: Path, look: int) -> None:
         lab = self._lab
-        windows = lab.eval_data.windows
+        windows = lab.windows_of(look)
         found = []
         head = self.head
         run = ordered_map(lambda window: predict(head, window), windows, lab.threads)
@@ -77,8 +90,8 @@ class Reference:
             },
             "evaluation": {
                 "convention": lab.evaluation.convention,
-                "windows": len(windows),
-                "documents": len({window.document for window in windows}),
+                "windows": len(lab.eval_data.windows),
+                "documents": len({window.document for window in lab.eval_data.windows}),
                 "tokens": lab.eval_data.scored,
             },
         }

@@ -8,7 +8,7 @@ compares candidate and baseline is paired, token by token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.metrics.tokens import TokenArrays
-from pytest_qlab.stats.bootstrap import clustered_quantiles
-from pytest_qlab.stats.intervals import clopper_pearson
+from pytest_qlab.metrics.tokens import TAIL_NATS, TokenArrays
+from pytest_qlab.stats.bootstrap import BootstrapQuantile, clustered_quantiles
 from pytest_qlab.stats.paired import (
     Spread,
     cluster_index,
@@ -30,19 +29,27 @@ from pytest_qlab.stats.paired import (
     spread,
     token_mean,
 )
+from pytest_qlab.stats.rates import rate_interval
 
 SNR_CAP_DB = 200.0
 """What the SNR of an exact copy is reported as; no SNR is more, nor less than its negative."""
 
+# Design effects of rates below it are those of a few documents that happen to agree.
+_LEAST_EFFECT = 0.01
+
 
 @dataclass(frozen=True)
 class KlEstimates:
-    """KL(base || candidate) over scored tokens, nats; `max` has no interval."""
+    """KL(base || candidate) over scored tokens, nats; `max` has no interval.
+
+    `tail` is the share of tokens above 1 nat.
+    """
 
     mean: Estimate
     median: Estimate
     p99: Estimate
     max: Estimate
+    tail: Estimate
 
 
 class Fidelity:
@@ -56,6 +63,8 @@ class Fidelity:
         seed: of the bootstrap.
         domain: the domain that the tokens are restricted to; becomes part of metric names, such as
             `kl.mean[code]`.
+        floor: finds the noise floor of each measure of KL, by name; called when KL is first looked
+            at, unless the candidate is an exact copy, which has none.
     """
 
     def __init__(
@@ -68,11 +77,13 @@ class Fidelity:
         name: str = "",
         seed: int = 0,
         domain: str = "",
+        floor: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         if int(tokens.document.max()) >= len(domains):
             raise ValueError(f"document {int(tokens.document.max())} has no domain")
         self.tokens, self.candidate, self.convention = tokens, candidate, convention
         self.name, self.seed, self.domain_name = name, seed, domain
+        self._floor = floor
         self._domains = tuple(domains)
         self._clusters = cluster_index(tokens.windows["document"])
 
@@ -141,46 +152,38 @@ class Fidelity:
         return self._estimate("perplexity_delta", spread(value, influence, self._clusters))
 
     @cached_property
-    def kl(self) -> KlEstimates:
-        """KL(base || candidate) per token."""
+    def kl_mean(self) -> Estimate:
+        """`kl.mean` by itself, for which no quantile is resampled."""
         mean = self._spreads["kl"]
         lower = None if mean.lower is None else max(0.0, mean.lower)
-        median, p99 = clustered_quantiles(
-            self.tokens.kl, self._token_clusters, (0.5, 0.99), seed=self.seed
-        )
+        return self._make("kl.mean", mean.value, lower, mean.upper, unit="nats", found=mean)
+
+    @cached_property
+    def kl(self) -> KlEstimates:
+        """KL(base || candidate) per token."""
+        median, p99 = self._kl_quantiles
         tail = int(self.windows["kl_tail"].sum())
-        largest = f"{tail:,} of {self._n:,} tokens above 1 nat"
+        above = f"{tail:,} of {self._n:,} tokens above {TAIL_NATS:g} nat"
         return KlEstimates(
-            self._make("kl.mean", mean.value, lower, mean.upper, unit="nats", found=mean),
+            self.kl_mean,
             self._make("kl.median", median.value, median.lower, median.upper, unit="nats"),
             self._make("kl.p99", p99.value, p99.lower, p99.upper, unit="nats"),
-            self._make("kl.max", float(self.tokens.kl.max()), unit="nats", extra=largest),
+            self._make("kl.max", float(self.tokens.kl.max()), unit="nats", extra=above),
+            self._rate("kl.tail", self._spreads["tail"], above, exact=self.tokens.identical),
         )
 
     @cached_property
     def top1_agreement(self) -> Estimate:
         """Share of tokens for which both models find the same token most likely.
 
-        The interval is cluster-robust, within 0 and 1. Where all tokens agree (or none does) there
-        is no variance to see, and it is Clopper and Pearson's; an exact copy agrees by
-        construction, and its interval has no width.
+        An exact copy agrees by construction, and its interval has no width.
         """
-        found = self._spreads["agree"]
         agreeing = int(self.windows["agree"].sum())
-        lower, upper = found.lower, found.upper
-        if self.tokens.identical:
-            lower = upper = 1.0
-        elif agreeing in (0, self._n):
-            lower, upper = clopper_pearson(agreeing, self._n)
-        elif lower is not None and upper is not None:
-            lower, upper = max(0.0, lower), min(1.0, upper)
-        return self._make(
+        return self._rate(
             "top1_agreement",
-            found.value,
-            lower,
-            upper,
-            extra=f"{agreeing:,} tokens agree",
-            found=found,
+            self._spreads["agree"],
+            f"{agreeing:,} tokens agree",
+            exact=self.tokens.identical,
         )
 
     @cached_property
@@ -228,6 +231,7 @@ class Fidelity:
             self.kl.median,
             self.kl.p99,
             self.kl.max,
+            self.kl.tail,
             self.top1_agreement,
         ]
         if self.tokens.has_hidden:
@@ -266,6 +270,7 @@ class Fidelity:
                 name=self.name,
                 seed=self.seed,
                 domain=name,
+                floor=self._floor,
             )
         return self._restricted[name]
 
@@ -275,7 +280,7 @@ class Fidelity:
         None where an interval is not defined: with a single document of few windows.
 
         Args:
-            metric: one of perplexity, log_perplexity_delta, kl.mean, top1_agreement,
+            metric: one of perplexity, log_perplexity_delta, kl.mean, kl.tail, top1_agreement,
                 cosine.
 
         Raises:
@@ -298,6 +303,10 @@ class Fidelity:
         return {}
 
     @cached_property
+    def _floors(self) -> Mapping[str, float]:
+        return {} if self.tokens.identical else self._floor()
+
+    @cached_property
     def _spreads(self) -> dict[str, Spread]:
         rows = self.windows
         columns = {
@@ -305,7 +314,9 @@ class Fidelity:
             "base_nll": ("base_nll", "base_nll_squared"),
             "delta": ("delta", "delta_squared"),
             "kl": ("kl", "kl_squared"),
-            "agree": ("agree", "agree"),  # 0 and 1 are their own squares
+            # 0 and 1 are their own squares.
+            "tail": ("kl_tail", "kl_tail"),
+            "agree": ("agree", "agree"),
         }
         if self.tokens.has_hidden:
             columns["cosine"] = ("hidden_cosine", "hidden_cosine_squared")
@@ -313,6 +324,12 @@ class Fidelity:
             name: token_mean(rows[sums], rows["tokens"], self._clusters, squares=rows[squares])
             for name, (sums, squares) in columns.items()
         }
+
+    @cached_property
+    def _kl_quantiles(self) -> list[BootstrapQuantile]:
+        """Median and 99th percentile."""
+        kl, clusters = self.tokens.kl, self._token_clusters
+        return clustered_quantiles(kl, clusters, (0.5, 0.99), seed=self.seed)
 
     @cached_property
     def _n(self) -> int:
@@ -363,6 +380,8 @@ class Fidelity:
         extra: str = "",
         found: Spread | None = None,
     ) -> Estimate:
+        if lower is None and metric in _DIFFERENCES and self.tokens.identical:
+            lower = upper = value  # An exact copy has none on other text either.
         details: dict[str, Any] = {
             "candidate": self.candidate,
             "n": self._n,
@@ -371,11 +390,35 @@ class Fidelity:
             "detail": f"{self._detail}; {extra}" if extra else self._detail,
             "standard_error": None if found is None else found.standard_error,
             "design_effect": None if found is None else found.design_effect,
+            "floor": self._floors.get(metric) if metric.startswith("kl.") else None,
         }
         suffix = f"[{self.domain_name}]" if self.domain_name else ""
         return Estimate(
             value, metric=f"{metric}{suffix}", lower=lower, upper=upper, unit=unit, **details
         )
+
+    def _rate(self, metric: str, found: Spread, extra: str, *, exact: bool) -> Estimate:
+        """A share of the tokens, with the interval of Korn and Graubard.
+
+        Where documents do not differ, as where no token is of the kind, there is no design effect
+        to see; that of the tokens with the most divergence stands in for it.
+        """
+        seen = found.design_effect
+        if found.standard_error == 0 or (seen is not None and seen < _LEAST_EFFECT):
+            found = replace(found, design_effect=max(1.0, self._worst_effect or 1.0))
+        lower, upper = rate_interval(found.value, self._n, found.clusters, found.design_effect)
+        if exact:
+            lower = upper = found.value
+        return self._make(metric, found.value, lower, upper, extra=extra, found=found)
+
+    @cached_property
+    def _worst_effect(self) -> float | None:
+        """Design effect of the share of tokens that are beyond the 99th percentile of KL."""
+        rows = self.windows
+        worst = self.tokens.kl > float(self._kl_quantiles[1].value)
+        sums = np.bincount(self.tokens.window, weights=worst, minlength=len(self.tokens.document))
+        sums = sums[rows["window"]]
+        return token_mean(sums, rows["tokens"], self._clusters, squares=sums).design_effect
 
     def _need_hidden(self, metric: str) -> None:
         if not self.tokens.has_hidden:
@@ -385,12 +428,23 @@ class Fidelity:
             )
 
 
+_DIFFERENCES = frozenset(
+    {
+        "perplexity_delta",
+        "log_perplexity_delta",
+        "perplexity_ratio",
+        "kl.mean",
+        "kl.median",
+        "kl.p99",
+    }
+)
 _MEANS = {
     "perplexity": "nll",
     "base_perplexity": "base_nll",
     "log_perplexity_delta": "delta",
     "perplexity_ratio": "delta",
     "kl.mean": "kl",
+    "kl.tail": "tail",
     "top1_agreement": "agree",
     "cosine": "cosine",
 }

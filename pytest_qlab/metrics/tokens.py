@@ -157,6 +157,32 @@ class TokenArrays:
         arrays["window"] = renumbered[arrays["window"]]
         return type(self)(**arrays, document=self.document[kept])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self], places: Sequence[Sequence[int]]) -> Self:
+        """All windows of several parts, in the order of their places.
+
+        Args:
+            parts: disjoint sets of windows, each in the order of its places.
+            places: for each part, the place of each of its windows among those of all.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        place = np.concatenate([np.asarray(each, dtype=np.int64) for each in places])
+        rank = np.argsort(np.argsort(place)).astype(np.int32)
+        firsts = np.cumsum([0, *(len(part.document) for part in parts[:-1])])
+        window = np.concatenate(
+            [rank[part.window + first] for part, first in zip(parts, firsts, strict=True)]
+        )
+        order = np.argsort(window, kind="stable")
+        per_token = [part._per_token() for part in parts]
+        arrays = {
+            name: np.concatenate([each[name] for each in per_token])[order]
+            for name in per_token[0]
+            if name != "window"
+        }
+        document = np.concatenate([part.document for part in parts])[np.argsort(place)]
+        return cls(**arrays, window=window[order], document=document)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as plain tensors, for safetensors."""
         arrays = {**self._per_token(), "document": self.document}

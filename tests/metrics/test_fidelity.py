@@ -88,6 +88,7 @@ def test_values_are_those_of_the_plain_formulas() -> None:
         "kl.median": float(np.quantile(tokens.kl, 0.5, method="inverted_cdf")),
         "kl.p99": float(np.quantile(tokens.kl, 0.99, method="inverted_cdf")),
         "kl.max": float(tokens.kl.max()),
+        "kl.tail": sum(value > 1 for value in tokens.kl.tolist()) / n,
         "top1_agreement": int(tokens.agree.sum()) / n,
         "snr_db": 10 * math.log10(signal / error),
         "cosine": math.fsum(tokens.hidden_cosine) / n,  # type: ignore[arg-type]
@@ -172,6 +173,7 @@ def test_an_exact_copy_has_no_difference_and_no_doubt() -> None:
             "kl.mean": 0.0,
             "kl.median": 0.0,
             "kl.p99": 0.0,
+            "kl.tail": 0.0,
             "top1_agreement": 1.0,
             "snr_db": 200.0,
             "cosine": 1.0,
@@ -182,24 +184,101 @@ def test_an_exact_copy_has_no_difference_and_no_doubt() -> None:
     assert found["perplexity"].lower != found["perplexity"].upper
 
 
+def test_that_a_copy_is_one_can_be_seen_on_a_single_document() -> None:
+    alone = synthetic(documents=1, windows=2)
+    found = fidelity(copy_of(alone))
+    for exact in (found.perplexity_delta, found.perplexity_ratio, found.kl.mean, found.kl.p99):
+        assert (exact.lower, exact.upper) == (float(exact), float(exact))
+        assert exact.within(float(exact))
+    assert found.kl.tail.within(0.0)
+    assert found.top1_agreement.at_least(1.0)
+    assert found.perplexity.lower is None
+    damaged = fidelity(alone)
+    assert damaged.kl.mean.lower is None
+    assert damaged.kl.mean.within(100.0).outcome == "inconclusive"
+
+
 def test_agreement_on_all_tokens_without_being_a_copy_keeps_its_doubt() -> None:
+    """Clopper and Pearson's on as many tokens as would be as sure of the worst percent of KL."""
     tokens = synthetic(4)
     tokens.agree[:] = True
     n = tokens.agree.size
+    worst = tokens.kl > np.quantile(tokens.kl, 0.99, method="inverted_cdf")
+    share = worst.mean()
+    sums, counts = document_sums(tokens, worst), document_sums(tokens, np.ones(n))
+    squares = sum((s - share * k) ** 2 for s, k in zip(sums, counts, strict=True))
+    effect = (6 / 5 * squares / n**2) / (share * (1 - share) / (n - 1))
+    assert effect > 1
+    effective = n / effect * (t_quantile(0.975, n - 1) / t_quantile(0.975, 5)) ** 2
     found = fidelity(tokens).top1_agreement
     assert (float(found), found.upper) == (1.0, 1.0)
-    assert found.lower == pytest.approx(0.025 ** (1 / n))
+    assert found.lower == pytest.approx(0.025 ** (1 / effective))
     tokens = synthetic(4)
     tokens.agree[:] = False
     found = fidelity(tokens).top1_agreement
     assert (float(found), found.lower) == (0.0, 0.0)
-    assert found.upper == pytest.approx(1 - 0.025 ** (1 / n))
+    assert found.upper == pytest.approx(1 - 0.025 ** (1 / effective))
+    assert found.effective_n == pytest.approx(n / effect)
+
+
+def test_a_tail_without_tokens_is_held_by_its_interval() -> None:
+    """Independent tokens, none above 1 nat: at most 3 / n with 95 % confidence, and no zero."""
+    n = 20_000
+    generator = np.random.default_rng(12)
+    nll = np.ones(n, dtype=np.float32)
+    arrays = TokenArrays(
+        nll,
+        nll,
+        generator.uniform(0, 0.5, n).astype(np.float32),
+        np.ones(n, bool),
+        np.repeat(np.arange(200, dtype=np.int32), 100),
+        np.arange(200, dtype=np.int32),
+    )
+    found = Fidelity(arrays, domains=["d"] * 200).kl.tail
+    assert (float(found), found.lower, found.standard_error) == (0.0, 0.0, 0.0)
+    assert found.effective_n is not None
+    assert found.effective_n == pytest.approx(n, rel=0.3)
+    assert found.upper == pytest.approx(-math.log(0.025) / found.effective_n, rel=0.03)
+    most = 3.0 / found.effective_n
+    assert found.within(1.25 * most).outcome == "pass"
+    assert found.within(0.95 * most).outcome == "inconclusive"
+
+
+def test_documents_that_happen_to_agree_leave_a_doubt() -> None:
+    """All have the same share, or nearly: their variance, next to none, says nothing."""
+    tokens = synthetic(13, documents=4, windows=5)
+    tokens.agree[:] = np.arange(tokens.agree.size) % 10 > 0
+    plain = fidelity(tokens).top1_agreement
+    sizes = np.bincount(tokens.document[tokens.window])
+    first = np.cumsum([0, *sizes[:-1]])
+    for start, size in zip(first.tolist(), sizes.tolist(), strict=True):
+        tokens.agree[start : start + size] = np.arange(size) >= round(0.1 * size)
+    for found in (plain, fidelity(tokens).top1_agreement):
+        assert found.lower is not None
+        assert found.upper is not None
+        assert found.lower + 0.02 < float(found) < found.upper - 0.02
+
+
+def test_a_rate_is_held_by_bounds_that_are_not_symmetric() -> None:
+    """A few tokens above 1 nat: the upper bound is further away than the lower one."""
+    tokens = synthetic(12, documents=6, windows=40, noise=0.02)
+    tokens.kl[::1500] = 2.0
+    found = fidelity(tokens).kl.tail
+    assert 0 < float(found) < 0.002
+    assert found.lower is not None
+    assert found.upper is not None
+    assert found.upper - float(found) > 1.3 * (float(found) - found.lower) > 0
+    assert found.standard_error is not None
+    symmetric = float(found) + t_quantile(0.95, 5) * found.standard_error
+    assert found.within(1.02 * symmetric).outcome == "inconclusive"
 
 
 def test_bounds_stay_where_values_can_be() -> None:
     found = fidelity(synthetic(5, documents=2, windows=1))
     assert found.kl.mean.lower == 0.0
-    assert found.top1_agreement.upper == 1.0
+    assert found.top1_agreement.lower is not None
+    assert found.top1_agreement.upper is not None
+    assert 0 <= found.top1_agreement.lower < found.top1_agreement.upper <= 1
     assert found.hidden_cosine.upper is not None
     assert found.hidden_cosine.upper <= 1.0
 
@@ -228,6 +307,7 @@ def test_the_detail_tells_what_was_measured() -> None:
     assert found.perplexity_delta.detail == line
     tail = int((tokens.kl > 1).sum())
     assert found.kl.max.detail == f"{line}; {tail} of {tokens.kl.size:,} tokens above 1 nat"
+    assert found.kl.tail.detail == found.kl.max.detail
     assert " on code toy (6 windows" in found.domain("code").kl.mean.detail
 
 
