@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qlab.options import Settings
 from pytest_qlab.running.payload import VERSION, plain
 from pytest_qlab.running.subjects import SEPARATOR, Subjects
+from pytest_qlab.settings import Settings
 from pytest_qlab.xdist.plan import PlanEntry
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ class Collector:
     Attributes:
         durations: seconds that each test took, by node id; remembered for the next run's order.
         notes: lines for the terminal summary, such as where files were written.
+        records: what is to be saved of candidates, as tests have noted it.
     """
 
     def __init__(self) -> None:
         self.durations: dict[str, float] = {}
         self.notes: list[str] = []
+        self.records: list[dict[str, Any]] = []
         self._outcomes: dict[str, str] = {}
         self._payloads: dict[str, dict[str, Any]] = {}
         self._counters: dict[str, dict[str, Any]] = {}
@@ -49,6 +51,7 @@ class Collector:
         payload = getattr(report, "qlab", None)
         if isinstance(payload, dict) and payload.get("v") == VERSION:
             self._payloads[report.nodeid] = payload  # The last attempt counts.
+            self.records += payload.get("records", ())
             counters = payload["counters"]
             self._counters[counters["process"]] = counters
 

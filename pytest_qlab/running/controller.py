@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qlab.running.baselines import Baselines
 from pytest_qlab.running.collector import Collector
 from pytest_qlab.running.run import Run
 from pytest_qlab.xdist.integrity import Integrity
@@ -21,8 +22,9 @@ DURATIONS = "qlab/durations"
 class Controller:
     """Gathers results, guards the exit status, schedules workers, shows the table."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, baselines: Baselines) -> None:
         self._run = run
+        self._baselines = baselines
         self._collector = Collector()
         self._integrity = Integrity()
         self._workers = 0
@@ -51,22 +53,40 @@ class Controller:
     ) -> Generator[None, Any, Any]:
         self._run.stop_following()
         self._integrity.require_all = self._has_results() and self._run.settings.require_all
+        results = None
+        if self._has_results():
+            ids = [spec.id for spec in self._run.specs]
+            results = self._collector.results(self._run.plan, ids)
+            results.baseline = self._baselines.name
+        if self._ran:
+            self._integrity.complaints = self._baselines.complaints(results)
         status = self._integrity.judge(session, int(exitstatus), ran=self._ran)
+        if self._ran and self._run.settings.save is not None:
+            status = self._save(session, status)
         if status != exitstatus:
             session.exitstatus = status
-        if self._has_results():
-            self._collector.results(self._run.plan, [spec.id for spec in self._run.specs])
+        if results is not None:
+            self._collector.notes += self._baselines.notes(results)
             self._collector.finish(self._run.settings, status, self._workers or 1)
             self._remember_durations()
         return (yield)
+
+    def _save(self, session: pytest.Session, status: int) -> int:
+        """Write the baseline of a green run; returns the exit status."""
+        stopped = bool(session.shouldstop or session.shouldfail)
+        green = status == pytest.ExitCode.OK and not stopped
+        note, problem = self._baselines.save(self._collector.records, green=green)
+        self._collector.notes += [note] if note else []
+        self._integrity.problems += [problem] if problem else []
+        return int(pytest.ExitCode.TESTS_FAILED) if problem else status
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._has_results():
             terminalreporter.section("qlab")
             for line in self._collector.table(self._run.config.get_terminal_writer().fullwidth - 1):
                 terminalreporter.write_line(line)
-            for line in self._collector.notes:
-                terminalreporter.write_line(line)
+        for line in self._collector.notes:
+            terminalreporter.write_line(line)
         if self._integrity.problems:
             terminalreporter.section("qlab: this run is not complete", red=True, bold=True)
             for problem in self._integrity.problems:

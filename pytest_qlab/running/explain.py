@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from pytest_qlab.estimate import Estimate
-
-if TYPE_CHECKING:
-    from pytest_qlab.measuring.layers import LayerError
 
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
@@ -29,12 +23,10 @@ def explain_comparison(op: str, left: object, right: object) -> list[str] | None
             *_about(left),
             *_about(right),
         ]
-    if isinstance(left, Estimate):
-        measured, budget, relation = left, float(right), op  # type: ignore[arg-type]
-    elif isinstance(right, Estimate):
-        measured, budget, relation = right, float(left), _MIRRORED[op]  # type: ignore[arg-type]
-    else:
+    held = held_to(op, left, right)
+    if held is None:
         return None
+    measured, relation, budget = held
     return [
         f"{_number(left)} {op} {_number(right)}",
         f"{_name(measured)} = {_with_unit(measured)}  budget {relation} {_number(budget)}"
@@ -43,12 +35,18 @@ def explain_comparison(op: str, left: object, right: object) -> list[str] | None
     ]
 
 
-def explain_layers(layers: Sequence[LayerError]) -> list[str]:
-    """A line that names the layers whose outputs are furthest off, or none."""
-    if not layers:
-        return []
-    named = [f"{each.name} {each.output_error:.2g} ({each.snr_db:.1f} dB)" for each in layers]
-    return [f"layers with the largest output error: {', '.join(named)}"]
+def held_to(op: str, left: object, right: object) -> tuple[Estimate, str, float] | None:
+    """An estimate, the operator with it on the left, and the plain number it is compared with.
+
+    None where that is not what is compared.
+    """
+    if op not in _MIRRORED or not (_is_number(left) and _is_number(right)):
+        return None
+    if isinstance(left, Estimate) and not isinstance(right, Estimate):
+        return left, op, float(right)  # type: ignore[arg-type]
+    if isinstance(right, Estimate) and not isinstance(left, Estimate):
+        return right, _MIRRORED[op], float(left)  # type: ignore[arg-type]
+    return None
 
 
 def _is_number(value: object) -> bool:
@@ -92,6 +90,8 @@ def _about(measured: Estimate) -> list[str]:
         sample.append(f"{measured.clusters} documents")
     if measured.convention:
         sample.append(f"convention {measured.convention}")
+    if measured.floor:
+        sample.append(f"noise floor {measured.floor:.2g}")
     if measured.simulated:
         sample.append("simulated: no kernel runs the packed bits")
     if sample:

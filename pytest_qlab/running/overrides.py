@@ -6,6 +6,7 @@ somebody overrides them, because asking loads a model that a cached run does not
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -57,6 +58,27 @@ def find_overrides(node: pytest.Item | Any) -> tuple[Override, ...]:
             )
         found.append(Override(name, definition.baseid, where))
     return tuple(found)
+
+
+def refuse_hidden(node: pytest.Item | Any) -> None:
+    """Refuse to gate another model than the project's tests do.
+
+    Raises:
+        SpecError: a conftest that was read overrides an input, but not for this test, which does
+            not lie below it.
+    """
+    for name in OVERRIDABLE:
+        if not all(map(is_ours, definitions(node, name))):
+            continue
+        for plugin in node.config.pluginmanager.get_plugins():
+            file = Path(getattr(plugin, "__file__", None) or "")
+            if file.name == "conftest.py" and hasattr(plugin, name):
+                raise SpecError(
+                    f"{file} overrides {name!r}, which built-in gates do not see from there, so "
+                    "that they would judge something else than your tests do. Move the override "
+                    "to the conftest.py of pytest's root directory, or add a test module beside "
+                    "it with the line: from pytest_qlab.gates import test_budget"
+                )
 
 
 def overrides_for(request: pytest.FixtureRequest) -> tuple[Override, ...]:

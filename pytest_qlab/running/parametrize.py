@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 from pytest_qlab.errors import QlabError, SpecError, did_you_mean
-from pytest_qlab.running.overrides import find_overrides, wants_parameter
+from pytest_qlab.running.overrides import find_overrides, refuse_hidden, wants_parameter
 from pytest_qlab.running.run import Run, run_of
 from pytest_qlab.xdist.integrity import NOT_SELECTED
+
+GATES = "pytest_qlab.gates"
+BUDGET = "qlab_budget"
+"""Argument that the built-in gates take a configured budget by, beside `quantized`."""
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -25,7 +29,9 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     try:
         if "qlab" in names:
             _pass_overrides(metafunc)
-        if "quantized" in names and _is_ours_to_parametrize(metafunc):
+        if BUDGET in names:
+            _pass_budgets(metafunc, run)
+        elif "quantized" in names and _is_ours_to_parametrize(metafunc):
             _pass_methods(metafunc, run)
     except (QlabError, pytest.UsageError) as error:
         message = f"{metafunc.definition.nodeid}: {error}"
@@ -42,6 +48,34 @@ def _pass_overrides(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "qlab", [overrides], indirect=True, ids=[pytest.HIDDEN_PARAM], scope="session"
         )
+
+
+def _pass_budgets(metafunc: pytest.Metafunc, run: Run) -> None:
+    from pytest_qlab.gate.budgets import gates_of
+
+    if metafunc.module.__name__ == GATES:
+        refuse_hidden(metafunc.definition)
+    if not wants_parameter(metafunc.definition):
+        raise SpecError(
+            "'quantized' is overridden here by a fixture that takes no method, so that gates would "
+            "judge another model than their names say. Let it ask for 'quantized' itself, or "
+            "keep the gates out of its reach."
+        )
+    run.parametrized += 1
+    metafunc.parametrize(
+        ("quantized", BUDGET),
+        [
+            pytest.param(
+                spec,
+                budget,
+                id=f"{spec.id}-{budget.metric}",
+                marks=pytest.mark.qlab_exclusive if budget.metric.startswith("latency.") else (),
+            )
+            for spec, budget in gates_of(run.specs, run.settings.budgets)
+        ],
+        indirect=["quantized"],
+        scope="session",
+    )
 
 
 def _is_ours_to_parametrize(metafunc: pytest.Metafunc) -> bool:

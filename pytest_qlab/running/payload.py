@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,8 +18,14 @@ from pytest_qlab.estimate import Comparison
 from pytest_qlab.running.run import Run
 from pytest_qlab.xdist.plan import PlanEntry
 
+if TYPE_CHECKING:
+    from pytest_qlab.results import Change
+
 VERSION = 1
 COMPARISONS = pytest.StashKey[list[Comparison]]()
+# What differs from the saved baseline, by candidate, and what is to be saved of them.
+CHANGES = pytest.StashKey[dict[str, list["Change"]]]()
+RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 JUNIT_MEASURES = (
     "perplexity",
     "perplexity_delta",
@@ -70,9 +76,12 @@ def attach(run: Run, item: pytest.Item, report: pytest.TestReport, error: QlabEr
         return
     if report.when == "teardown" or (report.when == "setup" and report.passed):
         return
-    comparisons = item.stash.get(COMPARISONS, [])
+    comparisons, changes = item.stash.get(COMPARISONS, []), item.stash.get(CHANGES, {})
     labs = _labs(run, item)
-    fragments = _fragments(item, labs, {comparison.candidate for comparison in comparisons})
+    named = {comparison.candidate for comparison in comparisons} | set(changes)
+    fragments = _fragments(item, labs, named)
+    for name, found in changes.items():
+        fragments[name]["changes"] = [change.model_dump() for change in found]
     if report.failed and error is not None and report.when == "setup":
         own = fragments.setdefault(entry.group, _blank(entry))
         own["error"] = str(error)
@@ -81,6 +90,7 @@ def attach(run: Run, item: pytest.Item, report: pytest.TestReport, error: QlabEr
         "group": entry.group,
         "fragments": list(fragments.values()),
         "comparisons": [comparison.to_dict() for comparison in comparisons],
+        "records": item.stash.get(RECORDS, []),
         "counters": {
             "process": run.worker or "main",
             "built": _summed(getattr(_store(lab), "built", {}) for lab in labs),

@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qlab.errors import QlabError
-from pytest_qlab.options import (
-    Settings,
-    available_cores,
-    explicitly_set,
-    on_command_line,
-    read_settings,
-)
+from pytest_qlab.options import on_command_line
+from pytest_qlab.settings import Settings, available_cores, explicitly_set, read_settings
 from pytest_qlab.xdist.locks import MachineLock, machine_lock_directory
 from pytest_qlab.xdist.plan import PlanEntry
 from pytest_qlab.xdist.progress import (
@@ -119,7 +114,22 @@ class Run:
             _ = self.settings
             if self.settings.methods or self.settings.configurations:
                 _ = self.specs
+            self._check_budgets()
         self._check_text_names()
+
+    def _check_budgets(self) -> None:
+        """A budget for a method that is none must not pass for one that is kept."""
+        if not self.settings.budgets:
+            return
+        from pytest_qlab.gate.budgets import check_patterns
+        from pytest_qlab.methods.registry import method_names
+
+        named = any(on_command_line(self.config, key) for key in ("methods", "candidate"))
+        known = [*method_names(), *self.settings.configurations]
+        try:
+            check_patterns(self.settings.budgets, self.specs, narrowed=named, known=known)
+        except QlabError as error:
+            raise pytest.UsageError(str(error)) from error
 
     def _check_text_names(self) -> None:
         """One error for a mistyped name on the command line, not one for each candidate."""

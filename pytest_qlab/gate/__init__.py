@@ -1,0 +1,1 @@
+"""Release gates: careful assertions, saved baselines, floors under budgets."""
