@@ -16,8 +16,8 @@ from benchmarks.tables import Sample, Section, ratio, seconds
 from pytest_qlab import Lab
 from pytest_qlab.parallel import ordered_map
 
-PHASES = ("load", "reference", "statistics", "quantize", "evaluate", "layers")
-ON_WINDOWS = ("reference", "evaluate")
+PHASES = ("load", "reference", "floor", "statistics", "quantize", "evaluate", "layers")
+ON_WINDOWS = ("reference", "floor", "evaluate")
 
 
 @dataclass
@@ -72,6 +72,8 @@ def compare(lab: Lab, methods: Sequence[str]) -> Phases:
         load(lab)
     with phases.timed("reference", lab):
         lab.reference.predictions()
+    with phases.timed("floor", lab):
+        _ = lab.noise_floor
     with phases.timed("statistics", lab):
         lab.statistics(gram=True)
     for method in methods:

@@ -5,21 +5,22 @@ Every measure is computed once, kept in the store, and shared by all workers and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-
 from pytest_qlab.checkpoint import Checkpoint, instantiate
+from pytest_qlab.decision import Look
+from pytest_qlab.directions import split_domain
 from pytest_qlab.errors import MethodError, MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.kernels.packed import set_materialized
-from pytest_qlab.measuring.evaluation import evaluate, evaluate_engine
+from pytest_qlab.gate.deferred import DeferredKl, deferred
+from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
+from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
 from pytest_qlab.measuring.speed import Latency, Memory, measure_latency, measure_memory
+from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.results import CandidateResult, LayerRow, Measure
 from pytest_qlab.store import content_hash
@@ -27,10 +28,8 @@ from pytest_qlab.store import content_hash
 if TYPE_CHECKING:
     from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
-    from pytest_qlab.metrics.tokens import TokenArrays
     from pytest_qlab.specs import MethodSpec
 
-FIDELITY_VERSION = 2
 LAYERS_VERSION = 1
 
 
@@ -50,6 +49,7 @@ class Candidate:
         self.spec = spec
         self.method = spec.method
         self._measured: dict[str, Estimate] = {}
+        self._fidelities: dict[int, Fidelity] = {}
 
     def __repr__(self) -> str:
         return f"<Candidate {self.id}>"
@@ -123,89 +123,86 @@ class Candidate:
 
     @cached_property
     def fidelity(self) -> Fidelity:
-        """All measures of how far the candidate's predictions are from the base model's."""
-        lab = self.lab
+        """All measures of how far the candidate's predictions are from the base model's.
+
+        They are of all windows, and computed now.
+        """
+        return self._fidelity_upto(len(self.lab.looks) - 1)
+
+    @cached_property
+    def evaluation(self) -> StoredEvaluation:
+        """The comparisons with the base model, by look."""
         _ = self.checkpoint  # which notes the sizes
-        parts = {
-            "reference": lab.reference.identity(),
-            "quantized": lab.quantized_identity(self.method),
-            "code": FIDELITY_VERSION,
-        }
+        return StoredEvaluation(self)
 
-        def build(directory: Path) -> None:
-            lab.progress(f"{self.id}: evaluating")
-            tokens = self._evaluate()
-            save_file(tokens.to_tensors(), directory / "tokens.safetensors")
-            facts = {
-                "domains": [domain for _, domain in lab.eval_data.documents],
-                "convention": lab.evaluation.convention,
-            }
-            (directory / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    def _fidelity_upto(self, look: int) -> Fidelity:
+        """`fidelity` on the windows of a look and all before it."""
+        if look not in self._fidelities:
+            found = self.evaluation.upto(look)
+            if look > max(self._fidelities, default=-1):  # The table shows the most that is known.
+                # The base model's perplexity is the same for all; its own row has it.
+                known = found.estimates()
+                self._note({k: e for k, e in known.items() if not k.startswith("base_perplexity")})
+            self._fidelities[look] = found
+        return self._fidelities[look]
 
-        directory = lab.store.get("fidelity", parts, build, Path)
-        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-        fidelity = Fidelity.from_tensors(
-            load_file(directory / "tokens.safetensors"),
-            domains=facts["domains"],
-            candidate=self.id,
-            convention=facts["convention"],
-            name=lab.evaluation.name,
-        )
-        # The base model's perplexity is the same for all; its own row has it.
-        found = fidelity.estimates()
-        self._note({k: e for k, e in found.items() if not k.startswith("base_perplexity")})
-        return fidelity
+    def _deferred(self, metric: str, measure: Callable[[Fidelity], Estimate]) -> Estimate:
+        """A measure of damage, which is computed when it is looked at."""
 
-    def _evaluate(self) -> TokenArrays:
-        engine = self.engine(threads=self.lab.threads)
-        if engine is not None:
-            with engine:
-                return evaluate_engine(self.lab, engine)
-        set_materialized(self.model, True)
-        try:
-            return evaluate(self.lab, self.model)
-        finally:
-            set_materialized(self.model, False)
+        def at(place: int) -> Callable[[], Estimate]:
+            return lambda: measure(self._fidelity_upto(place))
+
+        def looks() -> list[Look]:
+            counts = self.evaluation.windows()
+            return [Look(windows, at(place)) for place, windows in enumerate(counts)]
+
+        return deferred(metric, self.id, looks, lambda: self.lab.evaluation.convention)
 
     @property
     def perplexity(self) -> Estimate:
         """exp of the mean negative log-likelihood per scored token."""
-        return self.fidelity.perplexity
+        return self._deferred("perplexity", lambda found: found.perplexity)
 
     @property
     def perplexity_delta(self) -> Estimate:
         """Perplexity minus the base model's, paired."""
-        return self.fidelity.perplexity_delta
+        return self._deferred("perplexity_delta", lambda found: found.perplexity_delta)
 
     @property
     def perplexity_ratio(self) -> Estimate:
         """Perplexity over the base model's, paired."""
-        return self.fidelity.perplexity_ratio
+        return self._deferred("perplexity_ratio", lambda found: found.perplexity_ratio)
 
     @property
     def log_perplexity_delta(self) -> Estimate:
         """ln of `perplexity_ratio`, nats per token."""
-        return self.fidelity.log_perplexity_delta
+        return self._deferred("log_perplexity_delta", lambda found: found.log_perplexity_delta)
 
     @property
     def kl(self) -> KlEstimates:
-        """KL(base || candidate) per token, nats: `mean`, `median`, `p99`, `max`."""
-        return self.fidelity.kl
+        """KL(base || candidate) per token, nats: `mean`, `median`, `p99`, `max`, and `tail`."""
+        return DeferredKl(
+            mean=self._deferred("kl.mean", lambda found: found.kl.mean),
+            median=self._deferred("kl.median", lambda found: found.kl.median),
+            p99=self._deferred("kl.p99", lambda found: found.kl.p99),
+            max=self._deferred("kl.max", lambda found: found.kl.max),
+            tail=self._deferred("kl.tail", lambda found: found.kl.tail),
+        )
 
     @property
     def top1_agreement(self) -> Estimate:
         """Share of tokens for which both models find the same token most likely."""
-        return self.fidelity.top1_agreement
+        return self._deferred("top1_agreement", lambda found: found.top1_agreement)
 
     @property
     def snr_db(self) -> Estimate:
         """Signal-to-noise ratio of the final hidden states, dB."""
-        return self.fidelity.hidden_snr_db
+        return self._deferred("snr_db", lambda found: found.hidden_snr_db)
 
     @property
     def cosine(self) -> Estimate:
         """Mean cosine between the final hidden states."""
-        return self.fidelity.hidden_cosine
+        return self._deferred("cosine", lambda found: found.hidden_cosine)
 
     def domain(self, name: str) -> Fidelity:
         """The measures of damage on one domain of the evaluation text, such as `code`."""
@@ -233,9 +230,37 @@ class Candidate:
         return found
 
     @property
-    def layers(self) -> tuple[LayerError, ...]:
-        """Every quantized layer with its bits, its weights' SNR and its output error."""
-        return self._layer_errors.layers
+    def layers(self) -> tuple[Layer, ...]:
+        """Every quantized layer with its bits, its weights' SNR, its output error and its `kl`."""
+        return tuple(
+            Layer(**vars(each), _attribution=lambda: self.attribution)
+            for each in self._layer_errors.layers
+        )
+
+    def _attribution_parts(self) -> dict[str, Any]:
+        return {
+            "reference": self.lab.reference.identity(),
+            "quantized": self.lab.quantized_identity(self.method),
+            "code": ATTRIBUTION_VERSION,
+        }
+
+    @cached_property
+    def attribution(self) -> Attribution:
+        """The error budget: the KL that each quantized layer causes alone, and all together."""
+        checkpoint = self.checkpoint
+        stored = self.lab.store.json(
+            "attribution",
+            self._attribution_parts(),
+            lambda: attribute(self.lab, checkpoint).to_dict(),
+        )
+        return Attribution.from_dict(stored)
+
+    def affordable_attribution(self) -> Attribution | None:
+        """`attribution` if it is known, or costs no more than an evaluation does; for messages."""
+        known = "attribution" in self.__dict__ or self.lab.store.has(
+            "attribution", self._attribution_parts()
+        )
+        return self.attribution if known or affordable(self.lab, self.checkpoint) else None
 
     def worst_layers(self, count: int = 3) -> list[LayerError]:
         """The layers with the largest output error, if layers were measured before; else none.
@@ -299,6 +324,16 @@ class Candidate:
 
     # --- for the table ---------------------------------------------------------------------
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the measures of damage are known on all windows; computes nothing."""
+        return bool(self._fidelities) and max(self._fidelities) == len(self.lab.looks) - 1
+
+    @property
+    def measured(self) -> Mapping[str, Estimate]:
+        """What was measured so far, by dotted name; computes nothing."""
+        return self._measured
+
     def _note(self, estimates: Mapping[str, Estimate]) -> None:
         self._measured.update(estimates)
 
@@ -318,6 +353,10 @@ class Candidate:
             return self._from(self.latency.paired.estimates(), metric)
         if metric == "layer_error" or metric.startswith("weights."):
             return self._from(self._layer_errors.total.estimates(self.id), metric)
+        if metric in _DEFERRED:
+            return _DEFERRED[metric](self)
+        if split_domain(metric)[1]:  # Of all windows, however few an assertion has drawn so far.
+            return self._from(self.fidelity.estimates(), metric)
         _ = self.checkpoint  # which notes the sizes
         if metric not in self._measured:
             found = {
@@ -346,8 +385,35 @@ class Candidate:
             result.seconds["quantize"] = checkpoint.seconds
             result.keys["quantized"] = checkpoint.directory.name
         errors: LayerErrors | None = self.__dict__.get("_layer_errors")
+        attribution: Attribution | None = self.__dict__.get("attribution")
         if errors is not None:
             result.layers = [LayerRow(**vars(layer)) for layer in errors.layers]
-        if "fidelity" in self.__dict__:
+        elif attribution is not None and checkpoint is not None:
+            result.layers = [
+                LayerRow(name=each.name, shape=each.shape, bits_per_weight=each.bits_per_weight)
+                for each in checkpoint.size.layers
+            ]
+        if attribution is not None:
+            for row in result.layers:
+                row.kl = attribution.layers[row.name]
+            result.additivity = attribution.summary()
+        if self._fidelities:
             result.keys["reference"] = content_hash(self.lab.reference.identity())
         return result
+
+
+# By name as by attribute: what is not of a single domain draws windows as they are needed.
+_DEFERRED: dict[str, Callable[[Candidate], Estimate]] = {
+    "perplexity": lambda candidate: candidate.perplexity,
+    "perplexity_delta": lambda candidate: candidate.perplexity_delta,
+    "perplexity_ratio": lambda candidate: candidate.perplexity_ratio,
+    "log_perplexity_delta": lambda candidate: candidate.log_perplexity_delta,
+    "kl.mean": lambda candidate: candidate.kl.mean,
+    "kl.median": lambda candidate: candidate.kl.median,
+    "kl.p99": lambda candidate: candidate.kl.p99,
+    "kl.max": lambda candidate: candidate.kl.max,
+    "kl.tail": lambda candidate: candidate.kl.tail,
+    "top1_agreement": lambda candidate: candidate.top1_agreement,
+    "snr_db": lambda candidate: candidate.snr_db,
+    "cosine": lambda candidate: candidate.cosine,
+}

@@ -42,6 +42,14 @@ class NotMeasuredError(MetricError):
     """A measurement that could not be made now: neither a pass nor a failure."""
 
 
+class BaselineError(DataError):
+    """A saved baseline that is missing, damaged, or of something else than what is measured."""
+
+
+class RegressionError(QlabError):
+    """A candidate that is worse than the saved one by more than was allowed."""
+
+
 class StoreError(QlabError):
     """The store of artefacts cannot be read or written."""
 

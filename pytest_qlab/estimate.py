@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pytest_qlab.errors import MetricError
+
+if TYPE_CHECKING:
+    from pytest_qlab.decision import Decision, Side
+
+CONTIGUOUS = "-contiguous"
+"""Ends the name of a convention by which windows are neighbours: no interval holds beyond them."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison of an estimate with a budget, made by a test."""
+    """One comparison of an estimate with a budget, made by a test.
+
+    A careful one has an outcome, the bounds that it rests on, and the windows that it took.
+    """
 
     candidate: str
     metric: str
@@ -22,6 +31,10 @@ class Comparison:
     op: str
     budget: float
     ok: bool
+    outcome: str = ""
+    lower: float | None = None
+    upper: float | None = None
+    windows: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -41,6 +54,13 @@ def observe_comparisons(callback: Callable[[Comparison], None]) -> Iterator[None
         _observer.reset(token)
 
 
+def observe(comparison: Comparison) -> None:
+    """Tell whoever observes comparisons here of this one."""
+    observer = _observer.get()
+    if observer is not None:
+        observer(comparison)
+
+
 class Estimate(float):
     """A float that also carries its interval, sample size, unit, convention and provenance.
 
@@ -53,7 +73,8 @@ class Estimate(float):
         standard_error: of the value, from differences between clusters; None where none is defined.
         n: number of scored units (tokens, samples); clusters: number of independent documents.
         design_effect: squared standard error over that of independent units; None where unknown.
-        floor: what the base model scores against itself under a second legal numeric path.
+        floor: what the base model scores against itself under a second legal numeric path; None
+            where that was not measured, or where nothing was computed, as for an exact copy.
         unit: `nats`, `dB`, `bytes`, `s`, or empty for a pure number.
         convention: how it was measured, such as `spread512`.
         simulated: True where no kernel runs the packed bits, so that speed is not the format's.
@@ -140,6 +161,44 @@ class Estimate(float):
             return None
         return self.n / self.design_effect
 
+    def within(self, budget: float, confidence: float | None = None) -> Decision:
+        """Whether the measure is at most `budget`, decided at a confidence; see `Decision`.
+
+        Measures of a candidate draw windows until they are decided. An estimate by itself, such as
+        one of `fidelity`, is decided as it is.
+
+        Args:
+            budget: in the measure's unit.
+            confidence: 1 - the probability that a candidate exactly at the budget passes; by
+                default `--qlab-confidence`.
+
+        Raises:
+            MetricError: more is better of this measure, it has no interval, or what was given is
+                not a budget or a confidence.
+        """
+        return self._decide("<=", budget, confidence)
+
+    def at_least(self, budget: float, confidence: float | None = None) -> Decision:
+        """Whether the measure is at least `budget`: `within` for measures of which more is better.
+
+        Raises:
+            MetricError: as `within`.
+        """
+        return self._decide(">=", budget, confidence)
+
+    def _decide(self, op: Side, budget: float, confidence: float | None) -> Decision:
+        from pytest_qlab.decision import Look, decide
+
+        return decide(
+            lambda: [Look(None, lambda: self)],
+            op,
+            budget,
+            confidence,
+            metric=self.metric,
+            candidate=self.candidate,
+            convention=self.convention,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the name: the form in which results cross processes."""
         fields = {key: value for key, value in vars(self).items() if key != "metric"}
@@ -168,14 +227,28 @@ class Estimate(float):
 
     __hash__ = float.__hash__
 
+    def check_above_floor(self, op: str, budget: object) -> None:
+        """Refuse to hold the measure under a budget that numerical noise alone could exceed.
+
+        Two estimates are only compared with each other; neither is a budget.
+
+        Raises:
+            MetricError: `op` is `<` or `<=`, and the budget is below twice the noise floor.
+        """
+        bounding = op in ("<", "<=") and not isinstance(budget, Estimate)
+        if self.floor and bounding and isinstance(budget, int | float) and budget < 2 * self.floor:
+            raise MetricError(
+                f"{self.metric} of {self.candidate or 'the candidate'} cannot be held to a budget "
+                f"of {budget:.4g}: the noise floor, which is what the base model gets against "
+                f"itself when it is computed in another order, is {self.floor:.4g}, and a budget "
+                f"has to be at least twice that. Allow {2 * self.floor:.4g} or more; the floor is "
+                "lowest in float32 (--qlab-dtype)."
+            )
+
     def _compared(self, op: str, other: object, outcome: Any) -> Any:
-        observer = _observer.get()
-        if (
-            observer is not None
-            and outcome is not NotImplemented
-            and isinstance(other, int | float)
-        ):
-            observer(
+        self.check_above_floor(op, other)
+        if outcome is not NotImplemented and isinstance(other, int | float):
+            observe(
                 Comparison(
                     self.candidate, self.metric, float(self), op, float(other), bool(outcome)
                 )

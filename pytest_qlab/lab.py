@@ -33,6 +33,8 @@ from pytest_qlab.inputs import (
     ModelInput,
 )
 from pytest_qlab.machine import processor_name
+from pytest_qlab.measuring.floor import CODE_VERSION as FLOOR_VERSION
+from pytest_qlab.measuring.floor import NoiseFloor, measure_floor
 from pytest_qlab.measuring.reference import Reference
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
@@ -44,9 +46,9 @@ from pytest_qlab.store import Store, content_hash, default_store
 
 if TYPE_CHECKING:
     from pytest_qlab.data.text import Document
-    from pytest_qlab.data.windows import WindowSet
+    from pytest_qlab.data.windows import Window, WindowSet
     from pytest_qlab.models.load import LoadedModel
-    from pytest_qlab.options import Settings
+    from pytest_qlab.settings import Settings
 
 QUANTIZED_VERSION = 3
 STATISTICS_VERSION = 2
@@ -154,6 +156,7 @@ class Lab:
             calibration_length=settings.calibration_length,
             calibration_sequences=settings.calibration_sequences,
             seed=settings.seed,
+            sampling=settings.sampling,
             **described,
         )
 
@@ -176,6 +179,31 @@ class Lab:
     def eval_data(self) -> WindowSet:
         """The evaluation windows."""
         return self.evaluation.windows
+
+    @cached_property
+    def looks(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the evaluation windows, in the order in which they are drawn.
+
+        Once the base model was run, no text is needed to know them.
+        """
+        count = self.reference.facts().get("evaluation", {}).get("windows")
+        return self.evaluation.looks(count or len(self.eval_data.windows))
+
+    def windows_of(self, look: int) -> list[Window]:
+        """The evaluation windows that one look adds, in the order of the documents."""
+        windows = self.eval_data.windows
+        return [windows[number] for number in self.looks[look]]
+
+    def _floor_parts(self) -> dict[str, Any]:
+        return {"reference": self.reference.part(0), "code": FLOOR_VERSION}
+
+    @cached_property
+    def noise_floor(self) -> NoiseFloor:
+        """KL of the base model from itself, computed in another legal way; measured once."""
+        stored = self.store.json(
+            "noise_floor", self._floor_parts(), lambda: measure_floor(self).to_dict()
+        )
+        return NoiseFloor.from_dict(stored)
 
     @property
     def calibration(self) -> CalibrationSet:
@@ -320,12 +348,14 @@ class Lab:
         facts = self.reference.facts()
         parts = self._calibration_identity()
         sequences = self.store.peek("calibration", parts) or {}
+        floor = self.store.peek("noise_floor", self._floor_parts())
         return {
             "model": {"id": self.model.digest, "name": self.model.name, **facts.get("model", {})},
             "evaluation": {
                 "id": content_hash(self.evaluation.identity),
                 "name": self.evaluation.name,
                 **facts.get("evaluation", {}),
+                **({} if floor is None else {"noise_floor": floor}),
             },
             "calibration": {
                 "id": content_hash(self.calibration_input.identity),

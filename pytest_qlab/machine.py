@@ -1,8 +1,10 @@
-"""What machine this is, for provenance and for keys of what depends on it."""
+"""What machine this is, for provenance and for keys of what depends on it; where its store is."""
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 from pathlib import Path
 
 
@@ -15,3 +17,16 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def default_store() -> Path:
+    """Where artefacts are kept if nobody says otherwise: $QLAB_STORE, or the user's cache."""
+    if os.environ.get("QLAB_STORE"):
+        return Path(os.environ["QLAB_STORE"]).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pytest-qlab"

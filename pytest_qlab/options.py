@@ -1,30 +1,30 @@
-"""Options of the command line and of configuration files, and the settings they add up to.
+"""Which options there are on the command line and in configuration files.
 
 Every option `--qlab-NAME` has a twin `qlab_name` in pytest's configuration file and a key in the
-table `[tool.qlab]` of pyproject.toml. The command line wins over the configuration file, that over
-the table, and that over the default.
+table `[tool.qlab]` of pyproject.toml; `settings.py` reads them.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 
 from pytest_qlab.errors import did_you_mean
 
-Kind = Literal["text", "list", "int", "flag", "path", "choice"]
+LAST, NO_BASELINE = "@last", "@none"
+"""In place of a baseline's name, which cannot begin like that."""
+_REPEATABLE = ("methods", "candidate", "compare-fail")
+Kind = Literal["text", "list", "int", "number", "flag", "path", "choice"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: its name without prefix, in the command line's spelling."""
+    """One option: its name without prefix, in the command line's spelling.
+
+    `bare` is what it means on the command line without a value; None where it needs one.
+    """
 
     name: str
     kind: Kind
@@ -33,6 +33,7 @@ class Option:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     minimum: int = 0
+    bare: str | None = None
     in_files: bool = True
 
     @property
@@ -102,6 +103,14 @@ OPTIONS = (
     ),
     Option("window-length", "int", 512, "Tokens in an evaluation window.", "N", minimum=2),
     Option("max-windows", "int", 64, "Evaluation windows at most; 0 takes all.", "N"),
+    Option(
+        "sampling",
+        "choice",
+        "spread",
+        "Which windows are taken where there are more than that: spread over the text, or the "
+        "first ones, for which no interval holds.",
+        choices=("spread", "contiguous"),
+    ),
     Option("calibration-length", "int", 512, "Tokens in a calibration sequence.", "N", minimum=2),
     Option("calibration-sequences", "int", 128, "Calibration sequences at most.", "N", minimum=1),
     Option("seed", "int", 0, "Seed of every random choice.", "N"),
@@ -131,39 +140,52 @@ OPTIONS = (
         "the test, or fail it.",
         choices=("flag", "skip", "fail"),
     ),
+    Option(
+        "inconclusive",
+        "choice",
+        "fail",
+        "What a careful assertion (within, at_least) does that all windows leave undecided.",
+        choices=("fail", "warn", "xfail"),
+    ),
+    Option(
+        "confidence",
+        "number",
+        0.95,
+        "Confidence of careful assertions: a candidate exactly at the budget passes with 1 minus "
+        "that probability.",
+        "SHARE",
+    ),
+    Option(
+        "save",
+        "text",
+        None,
+        "Save what is measured as a baseline of that name, if the run is green.",
+        "NAME",
+        in_files=False,
+    ),
+    Option(
+        "compare",
+        "text",
+        None,
+        f"Compare with the saved baseline of that name, window by window; {LAST} or no name: with "
+        f"the last by name; {NO_BASELINE}: with none.",
+        "NAME",
+        bare=LAST,
+    ),
+    Option(
+        "compare-fail",
+        "list",
+        (),
+        "How much worse than the saved baseline measures may be, in their unit or in per cent of "
+        "the saved value: kl.mean:0.002,latency.p50:10%. Repeatable.",
+        "MEASURE:AMOUNT[,...]",
+    ),
+    Option("baselines", "path", "qlab-baselines", "Directory of saved baselines.", "DIR"),
     Option("require-all", "flag", False, "Fail the run if any test of a quantized model skipped."),
 )
-_CANDIDATE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+ACTIONS = ("--qlab-list-methods", "--qlab-plan")
+"""Flags that show something and end; they have no twins in files."""
 BY_KEY = {option.key: option for option in OPTIONS}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What one run is about. Paths are absolute; sizes are in tokens, windows and sequences."""
-
-    model: str
-    dtype: str
-    device: str
-    revision: str | None
-    trust_remote_code: bool
-    evaluation: tuple[str, ...]
-    calibration: tuple[str, ...]
-    text_key: str
-    convention: str
-    window_length: int
-    max_windows: int
-    calibration_length: int
-    calibration_sequences: int
-    seed: int
-    methods: tuple[str, ...]
-    configurations: dict[str, dict[str, Any]] = field(hash=False)
-    store: Path
-    threads: int
-    json: Path | None
-    html: Path | None
-    markdown: Path | None
-    simulated_latency: str
-    require_all: bool
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -178,12 +200,15 @@ def add_options(parser: pytest.Parser) -> None:
             text += f" One of: {', '.join(option.choices)}."
         if option.kind == "flag":
             group.addoption(option.flag, action="store_true", default=None, help=text)
-        elif option.name in ("methods", "candidate"):
+        elif option.name in _REPEATABLE:
             group.addoption(
                 option.flag, action="append", default=None, metavar=option.metavar, help=text
             )
         else:
-            group.addoption(option.flag, default=None, metavar=option.metavar, help=text)
+            bare = {} if option.bare is None else {"nargs": "?", "const": option.bare}
+            group.addoption(option.flag, default=None, metavar=option.metavar, help=text, **bare)
+        if not option.in_files:
+            continue
         ini_type: Any = {"list": "args", "flag": "bool"}.get(option.kind, "string")
         parser.addini(option.ini, f"{option.flag} in a file", type=ini_type, default=None)
     group.addoption(
@@ -191,6 +216,12 @@ def add_options(parser: pytest.Parser) -> None:
         action="store_true",
         default=False,
         help="Show every quantization method with its options and defaults, and exit.",
+    )
+    group.addoption(
+        "--qlab-plan",
+        action="store_true",
+        default=False,
+        help="Show how many evaluation windows each budget of [tool.qlab.budgets] needs, and exit.",
     )
 
 
@@ -206,7 +237,7 @@ def check_flags(parser: pytest.Parser, arguments: list[str]) -> None:
     for argument in unknown:
         if argument.startswith("--qlab-"):
             given = argument.partition("=")[0]
-            known = [option.flag for option in OPTIONS] + ["--qlab-list-methods"]
+            known = [option.flag for option in OPTIONS] + list(ACTIONS)
             raise pytest.UsageError(f"unknown option {given}.{did_you_mean(given, known)}")
 
 
@@ -214,190 +245,3 @@ def on_command_line(config: pytest.Config, key: str | None = None) -> bool:
     """Whether the option, or any option of qlab, was given on the command line."""
     options = OPTIONS if key is None else (BY_KEY[key],)
     return any(config.getoption(option.flag) is not None for option in options)
-
-
-def explicitly_set(config: pytest.Config, key: str | None = None) -> bool:
-    """Whether the option, or any, was given on the command line or in a file."""
-    if on_command_line(config, key):
-        return True
-    keys = [option.key for option in OPTIONS] if key is None else [key]
-    table = read_table(config.rootpath)
-    return any(config.getini(BY_KEY[name].ini) is not None or name in table for name in keys)
-
-
-def read_table(root: Path) -> dict[str, Any]:
-    """The table `[tool.qlab]` of the pyproject.toml at pytest's root, checked for unknown keys.
-
-    `select` stands for the option `methods` there, because `[tool.qlab.methods.NAME]` are named
-    configurations; they are returned under `configurations`.
-
-    Raises:
-        pytest.UsageError: the file cannot be read, or has a key or value that means nothing here.
-    """
-    path = root / "pyproject.toml"
-    if not path.is_file():
-        return {}
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("qlab", {})
-    except (OSError, ValueError) as error:
-        raise pytest.UsageError(f"{path} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise pytest.UsageError(f"{path}: [tool.qlab] must be a table, not {table!r}.")
-    table = dict(table)
-    configurations = table.pop("methods", {})
-    if not isinstance(configurations, dict) or not all(
-        isinstance(value, dict) for value in configurations.values()
-    ):
-        raise pytest.UsageError(
-            f"{path}: [tool.qlab.methods.NAME] are tables of named configurations, not "
-            f'{configurations!r}. To choose methods, write select = ["gptq", "awq"] in [tool.qlab].'
-        )
-    known = [key for key in BY_KEY if key != "methods"] + ["select", "methods"]
-    for key in table:
-        if key not in known:
-            raise pytest.UsageError(
-                f"{path}: unknown key {key!r} in [tool.qlab].{did_you_mean(key, known)}"
-            )
-    if "select" in table:
-        table["methods"] = table.pop("select")
-    if configurations:
-        table["configurations"] = {
-            name: {
-                key: str(root / value) if key == "path" and isinstance(value, str) else value
-                for key, value in options.items()
-            }
-            for name, options in configurations.items()
-        }
-    return table
-
-
-def read_settings(config: pytest.Config, *, workers: int = 1) -> Settings:
-    """Add up command line, configuration file, table and defaults.
-
-    Args:
-        config: pytest's configuration.
-        workers: processes that share this machine's cores; decides the default of `threads`.
-
-    Raises:
-        pytest.UsageError: a value that the option does not take.
-    """
-    table = read_table(config.rootpath)
-    values = {option.key: _value(config, option, table) for option in OPTIONS}
-    values["evaluation"] = values.pop("eval")
-    values["threads"] = values["threads"] or max(1, available_cores() // max(1, workers))
-    values["store"] = values["store"] or _default_store()
-    configurations = dict(table.get("configurations", {}))
-    finished = _finished(values.pop("candidate"), configurations)
-    if finished:
-        values["methods"] = (*values["methods"], *finished)
-    return Settings(configurations={**configurations, **finished}, **values)
-
-
-def _finished(given: tuple[str, ...], taken: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Configurations that stand for `--qlab-candidate=NAME=FILE`, by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or not path or not _CANDIDATE_NAME.fullmatch(name):
-            raise pytest.UsageError(
-                f"--qlab-candidate: expected NAME=path/to/model.gguf with a NAME of letters, "
-                f"digits, '_', '-' and '.', got {text!r}."
-            )
-        if not Path(path).is_file():
-            raise pytest.UsageError(f"--qlab-candidate={name}: there is no file {path}.")
-        if name in taken or name in found or name in _method_names():
-            raise pytest.UsageError(
-                f"--qlab-candidate={name}: that name is taken by a method, a configuration or "
-                "another candidate. Choose another."
-            )
-        found[name] = {"method": "gguf_file", "path": path}
-    return found
-
-
-def _method_names() -> list[str]:
-    from pytest_qlab.methods.registry import method_names
-
-    return method_names()
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _default_store() -> Path:
-    from pytest_qlab.store import default_store
-
-    return default_store()
-
-
-def _value(config: pytest.Config, option: Option, table: Mapping[str, Any]) -> Any:
-    given = config.getoption(option.flag)
-    if given is not None:
-        return _convert(option, given, option.flag, config.invocation_params.dir)
-    given = config.getini(option.ini)
-    if given is not None:
-        base = config.inipath.parent if config.inipath else config.rootpath
-        return _convert(option, given, option.ini, base)
-    if option.key in table:
-        where = f"[tool.qlab] {'select' if option.key == 'methods' else option.key}"
-        return _convert(option, table[option.key], where, config.rootpath)
-    return option.default
-
-
-def _convert(option: Option, given: Any, where: str, base: Path) -> Any:
-    """Check one value and give it the option's type; `where` names its origin in messages."""
-    if option.kind == "flag":
-        if not isinstance(given, bool):
-            raise pytest.UsageError(f"{where}: expected true or false, got {given!r}.")
-        return given
-    if option.kind == "list":
-        items = [given] if isinstance(given, str) else given
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise pytest.UsageError(f"{where}: expected names in a list, got {given!r}.")
-        names = tuple(piece.strip() for item in items for piece in item.split(",") if piece.strip())
-        if option.name in ("eval", "calibration"):
-            names = tuple(_located(name, base) for name in names)
-        if option.name == "candidate":
-            names = tuple(_located_file(name, base) for name in names)
-        if not names:
-            raise pytest.UsageError(f"{where}: the list is empty. Name at least one.")
-        return names
-    if option.kind == "int":
-        return _integer(option, given, where)
-    if not isinstance(given, str) or not given:
-        raise pytest.UsageError(f"{where}: expected text, got {given!r}.")
-    if option.kind == "choice" and given not in option.choices:
-        raise pytest.UsageError(
-            f"{where}: {given!r} is not one of them.{did_you_mean(given, option.choices)}"
-        )
-    if option.kind == "path":
-        return base / Path(given).expanduser()
-    return _located(given, base) if option.name == "model" else given
-
-
-def _located(given: str, base: Path) -> str:
-    """Make a relative path absolute, so that tests may change directory; leave names alone."""
-    path = Path(given).expanduser()
-    looks_like_path = len(path.parts) > 1 or path.suffix or given in (".", "..")
-    return str(base / path) if looks_like_path and (base / path).exists() else given
-
-
-def _located_file(given: str, base: Path) -> str:
-    """NAME=FILE with the path made absolute."""
-    name, equals, path = given.partition("=")
-    return f"{name}{equals}{base / Path(path).expanduser()}" if path else given
-
-
-def _integer(option: Option, given: Any, where: str) -> int:
-    try:
-        number = int(given)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(given, bool | float):
-        raise pytest.UsageError(f"{where}: expected a whole number, got {given!r}.")
-    if number < option.minimum:
-        raise pytest.UsageError(f"{where}: expected at least {option.minimum}, got {number}.")
-    return number

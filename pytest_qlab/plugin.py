@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pytest_qlab.errors import NotMeasuredError, QlabError
-from pytest_qlab.estimate import Comparison, Estimate, observe_comparisons
+from pytest_qlab.decision import decide_by
+from pytest_qlab.errors import BaselineError, NotMeasuredError, QlabError, RegressionError
+from pytest_qlab.estimate import Comparison, observe_comparisons
 from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the plugin's names)
     _qlab_default,
     base_model,
@@ -21,19 +22,24 @@ from pytest_qlab.fixtures import (  # noqa: F401  (pytest finds fixtures in the 
     quantized,
     tokenizer,
 )
-from pytest_qlab.options import (
-    add_options,
-    available_cores,
-    check_flags,
-    explicitly_set,
-    on_command_line,
-    read_settings,
-)
+from pytest_qlab.gate.budgets import describe as describe_budgets
+from pytest_qlab.options import add_options, check_flags, on_command_line
+from pytest_qlab.running.baselines import BASELINES, Baselines, baselines_of
+from pytest_qlab.running.causes import causes_of_comparison, causes_of_decision
 from pytest_qlab.running.controller import Controller
-from pytest_qlab.running.explain import explain_comparison, explain_layers
+from pytest_qlab.running.decisions import REFUSED, add_explanation, policy_of
+from pytest_qlab.running.explain import explain_comparison
 from pytest_qlab.running.parametrize import parametrize, refuse_mistakes
-from pytest_qlab.running.payload import COMPARISONS, attach, plain_properties
+from pytest_qlab.running.payload import (
+    CHANGES,
+    COMPARISONS,
+    RECORDS,
+    attach,
+    plain_properties,
+)
+from pytest_qlab.running.planning import plan_text
 from pytest_qlab.running.run import RUN, Run, run_of
+from pytest_qlab.settings import available_cores, explicitly_set, read_settings
 from pytest_qlab.xdist.plan import make_plan, write_plan
 
 MARKERS = (
@@ -61,6 +67,9 @@ def pytest_load_initial_conftests(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if config.getoption("--qlab-plan"):
+        sys.stdout.write(plan_text(config))
+        return 0
     if not config.getoption("--qlab-list-methods"):
         return None
     from pytest_qlab.report.methods import describe_methods
@@ -93,10 +102,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     run = Run(config)
     config.stash[RUN] = run
+    config.stash[BASELINES] = Baselines(run)
     if not run.is_worker:
         run.validate()
+        if explicitly_set(config):  # Otherwise settings are not even read.
+            baselines_of(config).validate()
         run.user_dist = config.stash.get(_USER_DIST, "no")
-        config.pluginmanager.register(Controller(run), "qlab-controller")
+        controller = Controller(run, baselines_of(config))
+        config.pluginmanager.register(controller, "qlab-controller")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -110,7 +123,14 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     settings = run_of(config).settings
     methods = ",".join(settings.methods) or "default"
-    return f"qlab: model={settings.model} methods={methods} store={settings.store}"
+    header = f"qlab: model={settings.model} methods={methods} store={settings.store}"
+    if settings.budgets:
+        header += f"\nqlab budgets: {describe_budgets(run_of(config).specs, settings.budgets)}"
+    name = baselines_of(config).name
+    if name:
+        held = ", ".join(map(str, settings.compare_fail)) or "nothing is held to it"
+        header += f"\nqlab baseline: {name} ({held})"
+    return header
 
 
 # Collection
@@ -145,13 +165,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     run = run_of(item.config)
     comparisons: list[Comparison] = []
     item.stash[COMPARISONS] = comparisons
-    with run.alone_or_shared(run.plan.get(item.nodeid)), observe_comparisons(comparisons.append):
+    item.stash[REFUSED] = []
+    policy = decide_by(lambda: policy_of(run.settings, item.stash[REFUSED]))
+    alone = run.alone_or_shared(run.plan.get(item.nodeid))
+    with alone, observe_comparisons(comparisons.append), policy:
         return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     item.stash.get(COMPARISONS, []).clear()  # A plugin may run the test again.
+    item.stash.get(REFUSED, []).clear()
+    item.stash[CHANGES], item.stash[RECORDS] = {}, []
     if item.nodeid in run_of(item.config).plan:
         # They keep the frames of the last failure alive, and with them its quantized model.
         for name in ("last_type", "last_value", "last_traceback", "last_exc"):
@@ -159,12 +184,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 delattr(sys, name)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    __tracebackhide__ = True
+    baselines = baselines_of(item.config)
+    try:
+        yield
+    except (Exception, pytest.fail.Exception, pytest.skip.Exception):
+        baselines.after(item, passed=False)
+        raise
+    baselines.after(item, passed=True)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
     raised = call.excinfo.value if call.excinfo is not None else None
+    if raised is not None:
+        labs = run_of(item.config).labs
+        add_explanation(
+            raised, item.stash.get(REFUSED, []), lambda decision: causes_of_decision(labs, decision)
+        )
+    report = yield
+    if isinstance(raised, RegressionError | BaselineError) and hasattr(report, "wasxfail"):
+        # What the test expects to fail is its own, not what it is compared with.
+        report.outcome = "failed"
+        del report.wasxfail
     error = raised if isinstance(raised, QlabError) else None
     shown_in_full = item.config.getoption("fulltrace", False)
     if error is not None and call.excinfo is not None and report.failed and not shown_in_full:
@@ -193,8 +239,5 @@ def pytest_assertrepr_compare(
 ) -> list[str] | None:
     lines = explain_comparison(op, left, right)
     if lines is not None:
-        names = {each.candidate for each in (left, right) if isinstance(each, Estimate)}
-        for lab in run_of(config).labs:
-            for name in sorted(names & set(lab.candidates)):
-                lines += explain_layers(lab.candidates[name].worst_layers())
+        lines += causes_of_comparison(run_of(config).labs, op, left, right)
     return lines

@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from pytest_qlab.errors import (
     StoreError,
     StoreFullError,
 )
+from pytest_qlab.machine import default_store as default_store
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -145,6 +145,16 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise self._corrupt(file.parent, f"{name} cannot be read ({error})") from error
+
+    def entries(self, kind: str) -> Iterator[Mapping[str, Any]]:
+        """The determining parts of all finished entries of a kind; damaged ones are left out."""
+        for manifest in sorted((self.root / f"v{LAYOUT}" / kind).glob(f"*/{MANIFEST}")):
+            try:
+                parts = json.loads(manifest.read_text(encoding="utf-8"))["parts"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if isinstance(parts, dict):
+                yield parts
 
     def _build_once(
         self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
@@ -284,16 +294,3 @@ class Store:
             facts = json.loads(file.read_text(encoding="utf-8"))
             kinds = {kind.__name__: kind for kind in _REMEMBERED}
             raise kinds[facts["kind"]](facts["message"])
-
-
-def default_store() -> Path:
-    """Where artefacts are kept if nobody says otherwise: $QLAB_STORE, or the user's cache."""
-    if os.environ.get("QLAB_STORE"):
-        return Path(os.environ["QLAB_STORE"]).expanduser().absolute()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "pytest-qlab"

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pytest_qlab.data.text import Document
 from pytest_qlab.errors import DataError, did_you_mean
+from pytest_qlab.estimate import CONTIGUOUS
 
 CONVENTIONS = ("spread", "gptq2048", "llamacpp512")
+SAMPLINGS = ("spread", "contiguous")
+SHARES = (1 / 8, 1 / 4, 1 / 2)
+"""Of the windows, after which a careful assertion looks at what is known."""
 SHORTEST_TAIL = 32
+_T = TypeVar("_T")
 
 
 class Tokenizer(Protocol):
@@ -82,6 +88,7 @@ def make_windows(
     length: int = 512,
     maximum: int = 64,
     seed: int = 0,
+    sampling: str = "spread",
     bos: bool | None = None,
     model_length: int | None = None,
     name: str = "",
@@ -98,7 +105,9 @@ def make_windows(
             of each window, and only the second half scored (255 tokens).
 
     Of more than `maximum` windows, that many are taken at equal distances over the whole, starting
-    at a random one: systematic sampling.
+    at a random one: systematic sampling. With the sampling `contiguous` they are the first ones
+    instead, as in other tools; nothing is known of the rest of the text then, and the set's
+    convention says so.
 
     Args:
         documents: what to cut.
@@ -107,18 +116,22 @@ def make_windows(
         length: of a window in tokens, with `spread`.
         maximum: how many windows at most; 0 for all.
         seed: of the sampling.
+        sampling: `spread` or `contiguous`.
         bos: whether windows begin with the beginning-of-sequence token; by default if the
             tokenizer puts it there.
         model_length: the longest sequence the model takes, if it has a limit.
         name: for the set's display.
 
     Raises:
-        DataError: unknown convention, impossible length, or too little text for one window.
+        DataError: unknown convention or sampling, impossible length, or too little text for one
+            window.
     """
     if convention not in CONVENTIONS:
         raise DataError(
             f"Unknown windowing convention {convention!r}.{did_you_mean(convention, CONVENTIONS)}"
         )
+    if sampling not in SAMPLINGS:
+        raise DataError(f"Unknown sampling {sampling!r}.{did_you_mean(sampling, SAMPLINGS)}")
     if length < 2 or maximum < 0:
         raise DataError(
             f"Windows of {length} tokens, at most {maximum} of them, cannot be cut: a window has "
@@ -144,7 +157,11 @@ def make_windows(
             f"{length} tokens under the convention {convention!r}. Give more text"
             + (", or use the convention 'spread'." if convention != "spread" else ".")
         )
-    windows = systematic_sample(windows, maximum, seed)
+    if sampling == "spread":
+        windows = systematic_sample(windows, maximum, seed)
+    else:
+        windows = windows[: maximum or None]
+        convention += CONTIGUOUS
     digest = digest_of_windows(convention, names, windows)
     return WindowSet(name, convention, tuple(names), tuple(windows), digest)
 
@@ -180,13 +197,45 @@ def check_windows(given: WindowSet) -> None:
             )
 
 
-def systematic_sample(windows: list[Window], maximum: int, seed: int) -> list[Window]:
+def systematic_sample(windows: list[_T], maximum: int, seed: int) -> list[_T]:
     """At most `maximum` windows (0: all) at equal distances, from a random start, in order."""
     if maximum == 0 or len(windows) <= maximum:
         return windows
     step = len(windows) / maximum
     start = random.Random(seed).random() * step
     return [windows[min(int(start + i * step), len(windows) - 1)] for i in range(maximum)]
+
+
+def shares_of(count: int) -> tuple[float, ...]:
+    """After which shares of so many windows a careful assertion looks, before it looks at all."""
+    return tuple(share for share in SHARES if count * share >= 4 / share)
+
+
+def looks_of(count: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
+    """The order in which windows are drawn: for each look, the numbers of those that it adds.
+
+    The windows of each look and all before it are spread over the whole: an eighth, a quarter, a
+    half of them, then all; each of the smaller sets is a systematic sample of the next. A look at a
+    share f takes 4 / f windows or more, because the less has been seen, the more has to be proved.
+
+    Args:
+        count: of the windows. seed: of the random starts.
+    """
+    drawn = random.Random(f"looks {seed}")
+    nested = [list(range(count))]
+    for share in reversed(shares_of(count)):
+        size = math.ceil(count * share)
+        step = len(nested[0]) / size
+        start = drawn.random() * step
+        nested.insert(
+            0, [nested[0][min(int(start + i * step), len(nested[0]) - 1)] for i in range(size)]
+        )
+    seen: set[int] = set()
+    looks = []
+    for numbers in nested:
+        looks.append(tuple(number for number in numbers if number not in seen))
+        seen.update(numbers)
+    return tuple(looks)
 
 
 def calibration_sequences(

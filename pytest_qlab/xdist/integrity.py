@@ -15,11 +15,13 @@ class Integrity:
 
     Attributes:
         require_all: whether a skipped test of a candidate fails the run.
+        complaints: what fails a run in which every test passed.
         problems: what was found wrong, for the terminal.
     """
 
     def __init__(self) -> None:
         self.require_all = False
+        self.complaints: list[str] = []
         self.problems: list[str] = []
         self._broken = False
         self._expected: set[str] = set()
@@ -85,4 +87,7 @@ class Integrity:
             )
             if quiet:
                 status = int(pytest.ExitCode.TESTS_FAILED)
+        if status == pytest.ExitCode.OK and self.complaints:
+            self.problems += self.complaints
+            status = int(pytest.ExitCode.TESTS_FAILED)
         return status

@@ -23,6 +23,7 @@ from benchmarks.runs import RunError, run_example, section
 from benchmarks.settings import Benchmark
 from benchmarks.suite import PHASES, bare, compare, rows
 from benchmarks.tables import Sample, Section, number, ratio, seconds, table
+from pytest_qlab.measuring.floor import WINDOWS as FLOOR_WINDOWS
 from tests.lab.tiny import saved_tiny_model, tiny_lab
 
 # Rounds every linear to multiples of 1/16, after doubling the columns at even places.
@@ -192,9 +193,11 @@ def test_a_comparison_is_accounted_for_by_its_phases(tmp_path: Path) -> None:
     lab = tiny_lab(tmp_path)
     phases = compare(lab, ("none", "rtn", "gptq"))
     windows, sequences = len(lab.eval_data.windows), len(lab.calibration.sequences)
+    floor = min(len(lab.looks[0]), FLOOR_WINDOWS)
     assert phases.forwards == {
         "load": 0,
         "reference": windows,
+        "floor": floor,
         "statistics": sequences,
         "quantize": sequences,
         "evaluate": 3 * windows,
@@ -208,13 +211,15 @@ def test_phases_are_compared_with_the_passes_they_need(tmp_path: Path) -> None:
     lab = tiny_lab(tmp_path)
     phases = compare(lab, ("none", "gptq"))
     windows, sequences = len(lab.eval_data.windows), len(lab.calibration.sequences)
+    floor = min(len(lab.looks[0]), FLOOR_WINDOWS)
     phases.seconds = {**dict.fromkeys(PHASES, 0.0), "evaluate": 6.0, "quantize": 8.0}
     made = rows([phases], Sample((1.5,)), Sample((4.0,)), (windows, sequences))
     by_phase = {row[0]: row[2:] for row in made}
     assert by_phase["evaluate"] == [str(2 * windows), "3.00 s", "2.00x"]
     assert by_phase["quantize"] == [str(sequences), "4.00 s", "2.00x"]
     assert by_phase["layers"] == ["0", "-", "-"]
-    assert by_phase["**all**"] == [str(3 * windows + 2 * sequences), "12.5 s", "1.12x"]
+    passes, needed = 3 * windows + floor + 2 * sequences, 12.5 + 1.5 * floor / windows
+    assert by_phase["**all**"] == [str(passes), f"{needed:.1f} s", f"{14 / needed:.2f}x"]
 
 
 def test_a_run_that_does_not_pass_is_not_timed(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pytest_qlab.methods.registry import _BUILTIN, find_method
-from pytest_qlab.options import OPTIONS, Option
-from pytest_qlab.results import Budget, CandidateResult, LayerRow, Measure, Results
+from pytest_qlab.options import ACTIONS, OPTIONS, Option
+from pytest_qlab.results import Budget, CandidateResult, Change, LayerRow, Measure, Results
 from pytest_qlab.specs import DEFAULT_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_every_option_is_documented(option: Option) -> None:
     page = read("reference/options.md")
     (row,) = (row for row in rows(page) if row[0] == f"`{option.flag}`")
     key = "select" if option.key == "methods" else option.key
-    assert row[1:3] == [f"`{option.ini}`", f"`{key}`"]
+    assert row[1:3] == ([f"`{option.ini}`", f"`{key}`"] if option.in_files else ["", ""])
     if option.name == "methods":
         assert f"`{default_of(option)}`" in page
     else:
@@ -125,7 +125,7 @@ def test_every_option_is_documented(option: Option) -> None:
 
 
 def test_no_option_is_made_up() -> None:
-    known = {option.flag for option in OPTIONS} | {"--qlab-list-methods"}
+    known = {option.flag for option in OPTIONS} | set(ACTIONS)
     for page in LINKED:
         # `--qlab-` itself stands for all of them.
         named = set(re.findall(r"--qlab-[a-z][a-z-]*[a-z]", page.read_text(encoding="utf-8")))
@@ -184,7 +184,7 @@ def test_attributes_of_a_candidate_are_there() -> None:
         assert named <= known, name_of(page)
 
 
-@pytest.mark.parametrize("model", [Results, CandidateResult, Measure, Budget, LayerRow])
+@pytest.mark.parametrize("model", [Results, CandidateResult, Measure, Budget, Change, LayerRow])
 def test_every_field_of_the_results_is_documented(model: type[Results]) -> None:
     page = read("reference/store-and-results.md")
     assert [field for field in model.model_fields if f"`{field}`" not in page] == []

@@ -65,10 +65,10 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     lab = lab_of(tmp_path)
     first, moved = tmp_path / "a.gguf", tmp_path / "elsewhere.gguf"
     lab.candidate("gguf:Q8_0").save_gguf(first)
-    _ = lab.candidate(GgufFile(path=str(first))).kl
+    float(lab.candidate(GgufFile(path=str(first))).kl.mean)
     shutil.copy(first, moved)
     built = dict(lab.store.built)
-    _ = lab.candidate(GgufFile(path=str(moved))).kl
+    float(lab.candidate(GgufFile(path=str(moved))).kl.mean)
     assert lab.store.built == built
     lab.candidate("gguf:Q4_0").save_gguf(first)
     changed = lab_of(tmp_path).candidate(GgufFile(path=str(first)))
@@ -80,9 +80,9 @@ def test_a_file_of_another_model_and_a_missing_one_are_refused(tmp_path: Path) -
     file = tmp_path / "model.gguf"
     lab_of(tmp_path).candidate("gguf:Q8_0").save_gguf(file)
     with pytest.raises(ModelError, match="of the architecture 'llama', but the base model is"):
-        _ = lab_of(tmp_path, "qwen2").candidate(GgufFile(path=str(file))).kl
+        float(lab_of(tmp_path, "qwen2").candidate(GgufFile(path=str(file))).kl.mean)
     with pytest.raises(DataError, match="No such file"):
-        _ = lab_of(tmp_path).candidate(GgufFile(path=str(tmp_path / "none.gguf"))).kl
+        float(lab_of(tmp_path).candidate(GgufFile(path=str(tmp_path / "none.gguf"))).kl.mean)
 
 
 def test_what_a_file_cannot_hold_is_not_written(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_quality_is_that_of_the_engines_logits(elsewhere: Lab) -> None:
     assert not candidate.checkpoint.simulated
     assert candidate.checkpoint.kernel == "recorded"
     with pytest.raises(MetricError, match="hidden states"):
-        _ = candidate.snr_db
+        float(candidate.snr_db)
     assert Recording.opened == [], "an engine was left open"
 
 
@@ -217,7 +217,7 @@ def test_latency_and_memory_are_the_engines(
 
 def test_an_engine_that_loses_tokens_is_an_error(elsewhere: Lab) -> None:
     with pytest.raises(EngineError, match="gave predictions for"):
-        _ = elsewhere.candidate(Elsewhere(type="Q4_0", lose=2)).kl
+        float(elsewhere.candidate(Elsewhere(type="Q4_0", lose=2)).kl.mean)
     assert Recording.opened == []
 
 

@@ -370,7 +370,7 @@ def test_the_worst_layers_are_known_once_they_were_measured(tmp_path: Path) -> N
     assert candidate.kl.mean > 0
     assert candidate.worst_layers() == []
     by_error = sorted(candidate.layers, key=lambda layer: -(layer.output_error or 0))
-    assert candidate.worst_layers() == by_error[:3]
+    assert [layer.name for layer in candidate.worst_layers()] == [e.name for e in by_error[:3]]
     later = tiny_lab(tmp_path).candidate("rtn:bits=3")
-    assert later.worst_layers(1) == by_error[:1]
+    assert later.worst_layers(1) == candidate.worst_layers(1)
     assert later.lab.store.built == {}

@@ -63,6 +63,31 @@ def test_the_command_line_wins_over_ini_and_that_over_the_table(pytester: pytest
     assert found["store"] == str(pytester.path / "here")
 
 
+def test_how_careful_a_run_is_can_be_said_anywhere(pytester: pytest.Pytester) -> None:
+    careful = ("sampling", "inconclusive", "confidence")
+    found = settings_of(pytester)
+    assert [found[name] for name in careful] == ["spread", "fail", "0.95"]
+    assert found["budgets"] == "()"
+    pytester.makepyprojecttoml(
+        """
+        [tool.pytest.ini_options]
+        qlab_confidence = "0.9"
+        [tool.qlab]
+        sampling = "contiguous"
+        inconclusive = "xfail"
+        confidence = 0.8
+        [tool.qlab.budgets]
+        "*" = { "kl.mean" = 0.02 }
+        """
+    )
+    found = settings_of(pytester)
+    assert [found[name] for name in careful] == ["contiguous", "xfail", "0.9"]
+    assert "pattern='*', metric='kl.mean', value=0.02" in found["budgets"]
+    given = ("--qlab-sampling=spread", "--qlab-inconclusive=warn", "--qlab-confidence=0.5")
+    found = settings_of(pytester, *given)
+    assert [found[name] for name in careful] == ["spread", "warn", "0.5"]
+
+
 def test_a_list_may_be_given_in_pieces(pytester: pytest.Pytester) -> None:
     found = settings_of(pytester, "--qlab-methods=rtn,none", "--qlab-methods", "rtn:bits=3")
     assert found["methods"] == "('rtn', 'none', 'rtn:bits=3')"
@@ -90,6 +115,13 @@ def test_a_path_is_kept_when_a_test_changes_directory(pytester: pytest.Pytester)
         ("--qlab-dtype=float31", "*--qlab-dtype*Did you mean 'float32'*"),
         ("--qlab-max-windows=many", "*--qlab-max-windows: expected a whole number, got 'many'*"),
         ("--qlab-window-length=1", "*--qlab-window-length: expected at least 2, got 1*"),
+        ("--qlab-sampling=random", "*--qlab-sampling: 'random' is not one*spread*"),
+        ("--qlab-inconclusive=pass", "*--qlab-inconclusive: 'pass' is not one*xfail*"),
+        ("--qlab-confidence=95", "*--qlab-confidence: expected a number from 0.5 to below 1*'95'*"),
+        ("--qlab-confidence=1", "*--qlab-confidence: expected a number from 0.5 to below 1*"),
+        ("--qlab-confidence=0.05", "*--qlab-confidence: expected a number from 0.5 to below 1*"),
+        ("--qlab-confidence=nan", "*--qlab-confidence: expected a number from 0.5 to below 1*"),
+        ("--qlab-confidence=high", "*--qlab-confidence: expected a number from 0.5*'high'*"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_a_usage_error(
@@ -111,6 +143,11 @@ def test_a_mistake_on_the_command_line_is_a_usage_error(
         ("[tool.qlab]\nseed = 'one'", "*[[]tool.qlab] seed: expected a whole number, got 'one'*"),
         ("[tool.qlab]\nrequire_all = 'yes'", "*expected true or false*"),
         ("[tool.qlab]\nmodel = 3", "*expected text, got 3*"),
+        ("[tool.qlab]\nconfidence = true", "*[[]tool.qlab] confidence: expected a number*True*"),
+        ("[tool.qlab]\nbudgets = 0.02", "*[[]tool.qlab.budgets] must be a table such as*"),
+        ('[tool.qlab.budgets]\nrtn = { "kl.maen" = 1 }', "*Did you mean 'kl.mean'*"),
+        ("[tool.qlab.budgets]\nrnt = { size = 1 }", "*'rnt' matches no method of this run*'rtn'*"),
+        ("[tool.qlab.budgets]\nrtn = { size = 1 }", None),
         ("[tool.qlab.methods.mine]\nbits = 3", None),
         ("[tool.pytest.ini_options]\nqlab_seed = 'x'", "*qlab_seed: expected a whole number*"),
     ],

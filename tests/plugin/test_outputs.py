@@ -31,6 +31,10 @@ def test_budgets_of_passing_tests_are_recorded_too(project: pytest.Pytester) -> 
         "op": "<",
         "budget": 0.1,
         "ok": True,
+        "outcome": "",  # which a plain comparison has not
+        "lower": None,
+        "upper": None,
+        "windows": None,
     }
     assert row["measures"]["perplexity_delta"]["clusters"] == 30
     document = results_of(project)
