@@ -173,8 +173,8 @@ def report(found: Found, plan: Plan) -> str:
         ),
         (
             f"Where each run sees other windows of the same text ({plan.seeds} runs), "
-            f"{least_coverage(found, 'same text')} % of the intervals of each measure and candidate "
-            "have it at least.",
+            f"at least {least_coverage(found, 'same text')} % of the intervals of any measure and "
+            "candidate have it.",
         ),
         (
             f"A candidate exactly at the budget: percent of {plan.runs:,} runs that pass:",

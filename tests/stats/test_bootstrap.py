@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,13 +53,10 @@ def test_equals_plain_resampling(
     slow = slow_replicates(values, _canonical(values, members), quantile, counts)
     value = np.quantile(values, quantile, method="inverted_cdf")
     assert found.value == value
-    # t at 97.5 % of 1 to 8 degrees of freedom, from a table.
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)[clusters - 2]
-    tail = NormalDist().cdf(-t * math.sqrt(clusters / (clusters - 1)))
+    tail = expanded_tail(0.025, clusters)
     # numpy interpolates between replicates in another order for one quantile than for two.
-    near = 1e-3 * (1 + float(np.ptp(slow)))  # the table has three digits
-    assert found.lower == pytest.approx(min(np.quantile(slow, tail), value), abs=near)
-    assert found.upper == pytest.approx(max(np.quantile(slow, 1 - tail), value), abs=near)
+    assert found.lower == pytest.approx(min(np.quantile(slow, tail), value), abs=1e-12)
+    assert found.upper == pytest.approx(max(np.quantile(slow, 1 - tail), value), abs=1e-12)
 
 
 def test_of_few_clusters_replicates_further_out_are_taken() -> None:
