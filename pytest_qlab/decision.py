@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 from pytest_qlab.directions import RATES, known_direction, split_domain
 from pytest_qlab.errors import MetricError
 from pytest_qlab.estimate import CONTIGUOUS, Comparison, observe
-from pytest_qlab.stats.decisions import Outcome, bounds, judge
+from pytest_qlab.stats.decisions import Outcome, bounds, judge, windows_to_decide
 from pytest_qlab.stats.distributions import t_quantile
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ Side = Literal["<=", ">="]
 CALLS: dict[str, str] = {"<=": "within", ">=": "at_least"}
 # Degrees of freedom with which Student's t is the normal distribution, for what has no clusters.
 _MANY = 100_000
-_POWER = 0.8
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,16 @@ class Decision:
 
         With the confidence of the decision and a power of 80 %.
         """
-        gap = abs(self.value - self.budget)
+        gap = self.value - self.budget
         if self.windows is None or not self.standard_error or gap == 0:
             return None
-        reach = _NORMAL.inv_cdf(self.confidence) + _NORMAL.inv_cdf(_POWER)
-        return math.ceil(self.windows * (reach * self.standard_error / gap) ** 2)
+        return windows_to_decide(
+            gap,
+            self.standard_error,
+            self.windows,
+            self.clusters or _MANY,
+            level=1 - self.confidence,
+        )
 
     @property
     def sample(self) -> str:

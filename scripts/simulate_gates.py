@@ -2,7 +2,7 @@
 
     python -m scripts.simulate_gates
 
-prints the tables of docs/explanation/statistics.md, from 12,000 simulated runs, in about five
+prints the tables of docs/explanation/statistics.md, from 12,000 simulated runs, in about six
 minutes on two idle cores (`--quick`: in two). Candidates are evaluated once over all windows of the
 embedded evaluation and calibration text. Runs then draw documents and windows of that, and go
 through the same code as a test's: sampling, looks, estimates, intervals, decisions.

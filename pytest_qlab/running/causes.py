@@ -37,7 +37,7 @@ class Missed:
     Attributes:
         op: the value was to be less (`<`, `<=`) or more (`>`, `>=`) than the budget.
         open: whether more text could decide otherwise.
-        standard_error: of the value, as far as it is known.
+        standard_error, clusters: of the value, as far as they are known.
     """
 
     metric: str
@@ -47,6 +47,7 @@ class Missed:
     unit: str = ""
     open: bool = False
     standard_error: float | None = None
+    clusters: int | None = None
 
     @classmethod
     def by_estimate(cls, measured: Estimate, op: str, budget: float) -> Missed:
@@ -56,7 +57,16 @@ class Missed:
         if bounded and not error:
             error = (upper - lower) / 4  # type: ignore[operator]  # about two to either side
         inside = bounded and lower <= budget <= upper  # type: ignore[operator]
-        return cls(measured.metric, float(measured), op, budget, measured.unit, inside, error)
+        return cls(
+            measured.metric,
+            float(measured),
+            op,
+            budget,
+            measured.unit,
+            inside,
+            error,
+            measured.clusters,
+        )
 
     @classmethod
     def by_decision(cls, decision: Decision) -> Missed:
@@ -225,26 +235,14 @@ def _scaled(missed: Missed, share: float) -> float | None:
 
 
 def _more_windows(candidate: Candidate, missed: Missed) -> list[str]:
-    from pytest_qlab.decision import Decision
-    from pytest_qlab.stats.decisions import Outcome
+    from pytest_qlab.stats.decisions import windows_to_decide
 
+    gap, error, clusters = missed.value - missed.budget, missed.standard_error, missed.clusters
+    if gap == 0 or not error or clusters is None or clusters < 2:
+        return []
     most = sum(map(len, candidate.lab.looks))
-    decision = Decision(
-        outcome=Outcome.INCONCLUSIVE,
-        metric=missed.metric,
-        candidate=candidate.id,
-        value=missed.value,
-        lower=-math.inf,
-        upper=math.inf,
-        op="<=" if missed.op in ("<", "<=") else ">=",
-        budget=missed.budget,
-        confidence=0.95,
-        standard_error=missed.standard_error,
-        windows=most,
-        most=most,
-    )
-    needed = decision.windows_needed
-    return [] if needed is None else [more_windows(max(needed, most + 1))]
+    needed = windows_to_decide(gap, error, most, clusters, level=0.05)
+    return [more_windows(max(needed, most + 1))]
 
 
 def more_windows(number: int) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from statistics import NormalDist
 
 from pytest_qlab.stats.distributions import t_quantile
 
@@ -68,6 +69,29 @@ def reach(clusters: int, level: float) -> float:
     # The quantile of the lower tail, since 1 - level would round to 1 for the first looks.
     t = -t_quantile(level, clusters - 1)
     return t + SKEWNESS * (2 * t * t + 1) / (6 * math.sqrt(clusters))
+
+
+def windows_to_decide(
+    gap: float,
+    standard_error: float,
+    windows: int,
+    clusters: int,
+    *,
+    level: float,
+    power: float = 0.8,
+) -> int:
+    """About how many windows would decide, if the value is right.
+
+    As many times those that there are as the error has to shrink, by their root, until the bound
+    and the deviation that `power` allows fit into the gap. More windows of more clusters need a
+    little less, since the bound is closer then.
+
+    Args:
+        gap: between the value and the budget, not 0. standard_error: of the value.
+        windows, clusters: that it comes from. level: of the bound.
+    """
+    wanted = (reach(clusters, level) + NormalDist().inv_cdf(power)) * standard_error
+    return math.ceil(windows * (wanted / gap) ** 2)
 
 
 def judge(lower: float, upper: float, budget: float, *, higher_is_better: bool = False) -> Outcome:

@@ -83,10 +83,11 @@ def test_the_three_that_cause_most_whether_they_add_up_and_what_would_help() -> 
 
 
 def test_more_windows_would_help_where_the_budget_is_within_the_interval() -> None:
-    measured = estimate(0.2, lower=0.1, upper=0.3, standard_error=0.05)
+    measured = estimate(0.2, lower=0.1, upper=0.3, standard_error=0.05, clusters=64)
     found = lines(Subject(attribution()), "<", measured, 0.15)
-    # 4 windows (2.486 * 0.05 / 0.05)^2
-    needed = math.ceil(4 * (1.6448536 + 0.8416212) ** 2)
+    # t of 63 at 95 % with the allowance for skewness, and z of 80 %; error and gap are the same.
+    bound = 1.66940 + 2.5 * (2 * 1.66940**2 + 1) / (6 * 8)
+    needed = math.ceil(4 * (bound + 0.84162) ** 2)
     assert found[-1] == (
         f"about {needed} windows would decide it if the value is right: give "
         f"--qlab-max-windows={needed}, and enough text for them"
@@ -96,9 +97,10 @@ def test_more_windows_would_help_where_the_budget_is_within_the_interval() -> No
 
 
 def test_windows_of_a_measure_with_an_interval_only() -> None:
-    found = lines(Subject(), "<", estimate(0.2, "kl.p99", lower=0.1, upper=0.3), 0.15)
+    measured = estimate(0.2, "kl.p99", lower=0.1, upper=0.3, clusters=64)
+    found = lines(Subject(), "<", measured, 0.15)
     assert found[0] == WORST
-    assert "about 25 windows would decide it" in found[1]
+    assert "about 33 windows would decide it" in found[1]
 
 
 def test_output_errors_where_attribution_would_be_dear() -> None:
