@@ -156,7 +156,7 @@ class Candidate:
             counts = self.evaluation.windows()
             return [Look(windows, at(place)) for place, windows in enumerate(counts)]
 
-        return deferred(metric, self.id, looks, lambda: self.lab.evaluation.convention)
+        return deferred(metric, self.id, looks, lambda: self.lab.evaluation.requested_convention)
 
     @property
     def perplexity(self) -> Estimate:

@@ -189,8 +189,20 @@ class EvaluationInput:
             return self._given.convention
         name = self._options.convention.rstrip("0123456789")
         length = int(self._options.convention[len(name) :] or self._options.window_length)
-        label = CONTIGUOUS if self._options.sampling == "contiguous" else ""
-        return f"{name}{self._model.fitting(length)}{label}"
+        return f"{name}{self._model.fitting(length)}{self._label}"
+
+    @property
+    def requested_convention(self) -> str:
+        """`convention` as it was asked for: known without a look at the model, whose context may be
+        shorter.
+        """
+        if isinstance(self._given, WindowSet):
+            return self._given.convention
+        return f"{self._options.convention}{self._label}"
+
+    @property
+    def _label(self) -> str:
+        return CONTIGUOUS if self._options.sampling == "contiguous" else ""
 
     @cached_property
     def documents(self) -> list[Document]:

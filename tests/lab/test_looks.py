@@ -190,7 +190,7 @@ def test_every_measure_can_be_held_by_name(tmp_path: Path) -> None:
 def test_of_neighbouring_windows_only_plain_comparisons_are_made(tmp_path: Path) -> None:
     lab = lab_of(tmp_path, sampling="contiguous", max_windows=20)
     candidate = lab.candidate(SPEC)
-    with pytest.raises(MetricError, match=r"spread40-contiguous.*--qlab-sampling=contiguous"):
+    with pytest.raises(MetricError, match=r"spread-contiguous.*--qlab-sampling=contiguous"):
         candidate.perplexity_ratio.within(2.0)
     assert lab.store.built == {}
     assert candidate.size.within(1e9)
@@ -207,3 +207,17 @@ def test_neighbours_are_other_windows_for_the_store_too(tmp_path: Path) -> None:
     assert spread.perplexity_ratio < 2.0
     contiguous = lab_of(tmp_path, max_windows=20, sampling="contiguous").candidate(SPEC)
     assert contiguous.perplexity_ratio != spread.perplexity_ratio
+
+
+def test_what_is_stored_is_decided_without_a_look_at_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lab_of(tmp_path).candidate(SPEC).perplexity_ratio.within(2.0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("its configuration is read, which imports all of transformers")
+
+    monkeypatch.setattr(inputs_module, "context_length", refuse)
+    assert lab_of(tmp_path).candidate(SPEC).perplexity_ratio.within(2.0)
+    with pytest.raises(AssertionError, match="configuration is read"):
+        _ = lab_of(tmp_path).evaluation.convention
