@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from pytest_qlab.methods.rtn import Rtn
 from pytest_qlab.models.structure import all_linears
 
 LAYERS = 2
-TOKENS = (1, 128)
-ROUNDS = 30
+TOKENS = {1: 15, 128: 4}
+"""Lengths of the input, and for each how many rounds a repetition has."""
 METHODS: Mapping[str, Method] = {
     "rtn:bits=4:group_size=128": Rtn(bits=4, group_size=128),
     "rtn:bits=8:group_size=-1:symmetric=true": Rtn(bits=8, group_size=-1, symmetric=True),
@@ -52,7 +53,7 @@ def benchmark_kernels(benchmark: Benchmark) -> Section:
     try:
         base = slice_of_a_model()
         sides, uses = made(base)
-        return section(sides, uses, base.config, benchmark.repeat * ROUNDS)
+        return section(sides, uses, base.config, benchmark.repeat)
     finally:
         torch.set_num_threads(before)
 
@@ -98,7 +99,7 @@ def section(
     sides: list[Side],
     uses: Mapping[str, KernelUse],
     config: Any,
-    rounds: int,
+    repeat: int,
     clock: Callable[[], int] = time.process_time_ns,
 ) -> Section:
     """Time all sides in turns, beginning with another one in each round."""
@@ -106,10 +107,11 @@ def section(
         f"Kernels on {LAYERS} decoder layers, {config.hidden_size} wide",
         HEADER,
         notes=[
-            f"Forward passes over 1 and 128 tokens from an empty cache, one thread, {rounds} "
-            "rounds in which all take turns; processor time, medians and their ratios, with those "
-            "of the rounds' quarters in brackets. Weights are random, the feed-forward network is "
-            f"{config.intermediate_size} wide, and heads and embeddings small.",
+            f"Forward passes over 1 and 128 tokens from an empty cache, one thread; in each "
+            "round all take turns, the first of them another each time. Processor time: medians of "
+            f"a repetition's {' and '.join(map(str, TOKENS.values()))} rounds, and their ratios. "
+            "Weights are random, the feed-forward network is "
+            f"{config.intermediate_size} wide, head and embeddings are small.",
             *(
                 f"`{name}`: kernels add {number(use.rounding)} to the weights at most (relative "
                 f"Frobenius norm)"
@@ -120,19 +122,19 @@ def section(
         ],
     )
     rows = []
-    for tokens in TOKENS:
+    for tokens, a_repetition in TOKENS.items():
         ids = torch.arange(tokens).view(1, -1)
         times: dict[str, list[int]] = {side.name: [] for side in sides}
-        for number_ in range(-2, rounds):
-            first = number_ % len(sides)
+        for turn in range(-1, repeat * a_repetition):  # the first to warm up
+            first = turn % len(sides)
             for side in (*sides[first:], *sides[:first]):
                 started = clock()
                 side.run(ids)
                 taken = clock() - started
-                if number_ >= 0:
+                if turn >= 0:
                     times[side.name].append(taken)
         say(f"kernels: {tokens} tokens done")
-        found = {name: medians(each) for name, each in times.items()}
+        found = {name: medians(each, repeat) for name, each in times.items()}
         for side in sides:
             mine = found[side.name]
             rows.append(
@@ -150,8 +152,7 @@ def section(
     return made
 
 
-def medians(times: list[int]) -> Sample:
-    """The median of each quarter of the rounds, in their order."""
-    quarter = max(1, len(times) // 4)
-    parts = [sorted(times[start : start + quarter]) for start in range(0, len(times), quarter)]
-    return Sample(tuple(float(part[len(part) // 2]) for part in parts))
+def medians(times: list[int], repeat: int) -> Sample:
+    """The median of each repetition's rounds."""
+    count = len(times) // repeat
+    return Sample(tuple(median(times[n * count : (n + 1) * count]) for n in range(repeat)))
