@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.ggml import benchmark_ggml
+from benchmarks.kernels import benchmark_kernels
 from benchmarks.peers import PeerError
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "store": benchmark_store,
     "workers": benchmark_workers,
     "ggml": benchmark_ggml,
+    "kernels": benchmark_kernels,
 }
 
 

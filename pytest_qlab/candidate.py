@@ -19,6 +19,13 @@ from pytest_qlab.gate.deferred import DeferredKl, deferred
 from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
 from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.runnable import (
+    KernelUse,
+    Runnable,
+    kernel_use,
+    known_kernel_use,
+    runnable,
+)
 from pytest_qlab.measuring.speed import Latency, Memory, measure_latency, measure_memory
 from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
@@ -73,6 +80,21 @@ class Candidate:
         """The quantized model, which runs its packed layers; a transformers causal LM."""
         return instantiate(self.checkpoint, self.lab.base_model)
 
+    @cached_property
+    def runnable(self) -> Runnable:
+        """The quantized model as its speed is measured, and what runs its layers."""
+        return runnable(self)
+
+    @property
+    def speed_model(self) -> Any:
+        """The quantized model in bfloat16 (see `speed_dtype`), its bits run by real kernels."""
+        return self.runnable.model
+
+    @cached_property
+    def kernels(self) -> KernelUse:
+        """What runs the quantized layers where speed is measured, on this machine."""
+        return kernel_use(self)
+
     def engine(self, *, threads: int = 1) -> Engine | None:
         """The runtime that the method brings, with the packed model open in it; mostly None.
 
@@ -116,8 +138,9 @@ class Candidate:
         )
 
     def release(self) -> None:
-        """Let go of the model in memory; it is read again from the store when next used."""
-        self.__dict__.pop("model", None)
+        """Let go of the models in memory; they are read again from the store when next used."""
+        for each in ("model", "runnable"):
+            self.__dict__.pop(each, None)
 
     # --- damage ----------------------------------------------------------------------------
 
@@ -380,8 +403,9 @@ class Candidate:
         )
         checkpoint: Checkpoint | None = self.__dict__.get("checkpoint")
         if checkpoint is not None:
-            result.kernel = checkpoint.kernel
-            result.simulated = checkpoint.simulated
+            kernels = known_kernel_use(self)
+            result.kernel = str(kernels or checkpoint.kernel)
+            result.simulated = (kernels or checkpoint).simulated
             result.seconds["quantize"] = checkpoint.seconds
             result.keys["quantized"] = checkpoint.directory.name
         errors: LayerErrors | None = self.__dict__.get("_layer_errors")

@@ -36,6 +36,7 @@ from pytest_qlab.machine import processor_name
 from pytest_qlab.measuring.floor import CODE_VERSION as FLOOR_VERSION
 from pytest_qlab.measuring.floor import NoiseFloor, measure_floor
 from pytest_qlab.measuring.reference import Reference
+from pytest_qlab.measuring.runnable import speed_base
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.pipeline import quantize_model
 from pytest_qlab.models.load import device_kind
@@ -164,6 +165,11 @@ class Lab:
     def base_model(self) -> Any:
         """The model before quantization, in evaluation mode."""
         return self.loaded.model
+
+    @cached_property
+    def speed_base(self) -> Any:
+        """The base model as its speed is measured: computing in bfloat16 where that is fast."""
+        return speed_base(self.base_model)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -367,5 +373,6 @@ class Lab:
 
     def close(self) -> None:
         """Let go of all models; what was measured stays in the store."""
+        self.__dict__.pop("speed_base", None)
         for candidate in self._candidates.values():
             candidate.release()

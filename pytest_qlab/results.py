@@ -143,8 +143,8 @@ class CandidateResult(_Model):
             known_layers = {layer.name: layer for layer in self.layers}
             self.layers = [_completed(each, known_layers.get(each.name)) for each in other.layers]
         self.additivity = other.additivity or self.additivity
-        self.kernel = other.kernel or self.kernel
-        self.simulated = other.simulated or self.simulated
+        if other.kernel:  # What runs is known better once speed was measured.
+            self.kernel, self.simulated = other.kernel, other.simulated
         self.error = other.error or self.error
         changed = {change.metric for change in other.changes}
         kept_changes = [change for change in self.changes if change.metric not in changed]

@@ -40,14 +40,22 @@ class PerTokenSymmetric(ActivationQuantizer):
         self.bits = bits
 
     def __call__(self, x: Tensor) -> Tensor:
+        codes, scale = self._quantize(x)
+        return (codes * scale).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 codes of the shape of `x`, and float32 scales (..., 1)."""
+        codes, scale = self._quantize(x)
+        return codes.to(torch.int8), scale
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         limit = 2 ** (self.bits - 1) - 1
         values = x.to(torch.float32)
         # A token of zeros has the scale 0; any other divisor leaves it zero. The largest value's
         # code is `limit` up to rounding, so there is nothing to clamp.
         scale = values.abs().amax(-1, keepdim=True) / limit
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        points: Tensor = (values / scale).round_() * scale
-        return points.to(x.dtype)
+        return (values / scale).round_(), scale
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -75,9 +83,15 @@ class PerTensorAffine(ActivationQuantizer):
         return cls(bits, scale, min(max(round(-low / scale), 0), limit))
 
     def __call__(self, x: Tensor) -> Tensor:
+        return (self._centred(x) * self.scale).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """uint8 codes of the shape of `x`, which stand for `scale * (code - zero_point)`."""
+        return self._centred(x).add_(self.zero_point).to(torch.uint8)
+
+    def _centred(self, x: Tensor) -> Tensor:
         low, high = -self.zero_point, 2**self.bits - 1 - self.zero_point
-        codes = (x.to(torch.float32) / self.scale).round_().clamp_(low, high)
-        return (codes * self.scale).to(x.dtype)
+        return (x.to(torch.float32) / self.scale).round_().clamp_(low, high)
 
     def tensors(self) -> dict[str, Tensor]:
         return {

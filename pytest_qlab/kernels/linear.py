@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -39,6 +41,16 @@ class PackedLinear(PackedModule):
             self.register_buffer(f"activation_{name}", tensor)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The packed weight's."""
+        return self._metadata
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        return self.get_buffer(self._first).device
 
     @property
     def simulated(self) -> bool:

@@ -14,6 +14,7 @@ from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.machine import processor_name
+from pytest_qlab.measuring.runnable import dtype_name
 from pytest_qlab.metrics.latency import Clocks, LatencyQuantiles, PairedLatency, measure_pair
 from pytest_qlab.metrics.memory import (
     MemoryUse,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 128
 ROUNDS = 400
 MOST_SECONDS = 15.0
-LATENCY_VERSION = 2
+LATENCY_VERSION = 3
 MEMORY_VERSION = 3
 
 
@@ -123,8 +124,7 @@ def _runner(candidate: Candidate, ids: Tensor) -> Iterator[tuple[Callable[[], ob
     """A prefill of the candidate, and clocks that count the CPU time of its engine, too."""
     engine, here = candidate.engine(), Clocks()
     if engine is None:
-        set_materialized(candidate.model, False)
-        yield _prefill(candidate.model, ids), here
+        yield _prefill(candidate.speed_model, ids), here
         return
     tokens = ids[0].tolist()
     with engine:
@@ -144,11 +144,12 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
         MetricError: the kernel is simulated and the policy is to fail.
     """
     lab = candidate.lab
-    wanted = candidate.checkpoint.wanted_kernels
+    kernels, wanted = candidate.kernels, candidate.kernels.wanted
     if wanted and lab.simulated_latency != "flag":
         message = (
-            f"The latency of {candidate.id} is not a claim that can be made: its layers dequantize "
-            f"before they multiply. It would need {' and '.join(wanted)}. Pass "
+            f"The latency of {candidate.id} is not a claim that can be made: of its layers, "
+            f"{kernels.dequantizing} dequantize before they multiply ({kernels}). It would need "
+            f"{' and '.join(wanted)}. Pass "
             "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
         )
         raise (NotMeasuredError if lab.simulated_latency == "skip" else MetricError)(message)
@@ -168,14 +169,14 @@ def measure_latency(candidate: Candidate) -> PairedLatency:
         with FileLock(lab.store.root / ".latency.lock"), _runner(candidate, ids) as (run, clocks):
             lab.progress(f"{candidate.id}: latency")
             found = measure_pair(
-                _prefill(lab.base_model, ids),
+                _prefill(lab.speed_base, ids),
                 run,
                 rounds=ROUNDS,
                 threads=threads,
                 clocks=clocks,
                 max_seconds=MOST_SECONDS,
                 candidate_id=candidate.id,
-                convention=f"prefill{ids.shape[1]}",
+                convention=f"prefill{ids.shape[1]}-{dtype_name(lab.speed_base)}",
                 simulated=bool(wanted),
             )
         lab.count_forwards(2 * len(found.rounds))

@@ -32,13 +32,17 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared and tied ones once."""
+    """Bytes of a model's parameters and buffers, shared and tied ones once.
+
+    A module that keeps more where no buffer shows it says how much in `opaque_bytes`.
+    """
 
     def tensors() -> Iterator[Tensor]:
         yield from model.parameters()
         yield from model.buffers()
 
-    return storage_bytes(tensors())
+    opaque = sum(int(getattr(module, "opaque_bytes", 0)) for module in model.modules())
+    return storage_bytes(tensors()) + opaque
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]

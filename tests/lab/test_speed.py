@@ -8,6 +8,7 @@ import pytest
 
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.measuring import speed
+from pytest_qlab.measuring.runnable import dtype_name
 from pytest_qlab.metrics import latency
 from tests.architectures import CONTEXT
 from tests.lab.tiny import tiny_lab
@@ -28,7 +29,7 @@ def test_latency_is_paired_kept_and_named(
     assert found.baseline.p50 > 0
     assert found.p50.unit == "s"
     assert found.p50.simulated
-    assert found.p50.convention == f"prefill{CONTEXT}"
+    assert found.p50.convention == f"prefill{CONTEXT}-{dtype_name(lab.speed_base)}"
     assert not found.baseline.p50.simulated
     assert len(found.paired.rounds) == 6
     assert found.ratio > 0

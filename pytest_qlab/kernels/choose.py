@@ -1,0 +1,135 @@
+"""Which kernel runs a packed layer: the one made for its format, if it proves itself; else none.
+
+A kernel is used only after its products were compared, on the actual weight, with dequantizing and
+multiplying in float32. What it may differ by comes from bfloat16, whose rounding error is at most
+u = 2**-8, relative: the kernel rounds scales, zero points and outputs to it, each once. `TOLERANCE`
+is 8 u in any output channel, relative to the channel's size: rounding takes 1 to 2 u on weights
+as they are, and more where most weights of a group are small beside its zero point. A single group
+of wrong codes among the G of a row makes about sqrt(2 / G), which is above 0.1 up to G = 200.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.formats.activations import PerTensorAffine
+from pytest_qlab.formats.plain import PlainWeight
+from pytest_qlab.kernels.crossover import crossover
+from pytest_qlab.kernels.int4 import Int4CpuLinear, Int4CudaLinear
+from pytest_qlab.kernels.int8 import Int8Linear
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.real import CrossedLinear, KernelLinear
+from pytest_qlab.kernels.w8a8 import W8A8CpuLinear, W8A8CudaLinear
+
+KERNELS: tuple[type[KernelLinear], ...] = (
+    Int4CpuLinear,
+    Int4CudaLinear,
+    Int8Linear,
+    W8A8CpuLinear,
+    W8A8CudaLinear,
+)
+TOLERANCE = 2.0**-5
+PROBE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a layer.
+
+    Attributes:
+        module: a `KernelLinear`, or a `PackedLinear` that dequantizes or is plain.
+        reason: why no kernel runs it; empty if one does, or if there is nothing to dequantize.
+        rounding: Frobenius norm of what the kernel adds to the weight, relative to the weight's.
+    """
+
+    module: nn.Module
+    reason: str = ""
+    rounding: float = 0.0
+
+
+def choose(source: PackedLinear, name: str = "") -> Choice:
+    """The fastest module that is right for a packed layer, on the device that it is on.
+
+    Args:
+        source: the layer as it dequantizes and multiplies, in the dtype to compute in.
+        name: of the layer, for errors.
+
+    Raises:
+        CorruptEntryError: the weight is not finite.
+    """
+    if not source.simulated:  # plain: in the type to compute in, so that nothing is converted
+        plain = PlainWeight(source.weight)
+        return Choice(PackedLinear(plain, source.bias, None, source.dtype))
+    weight = source.packed.dequantize()
+    if not bool(torch.isfinite(weight).all()):
+        raise CorruptEntryError(
+            f"The packed weight of {name or 'a layer'} dequantizes to numbers that are not finite, "
+            "so no kernel can be checked on it. The stored artefact is damaged: delete it and run "
+            "again."
+        )
+    for kind in KERNELS:
+        if not kind.applies(source):
+            continue
+        reason = kind.refusal(source)
+        if reason:
+            return Choice(source, reason)
+        try:
+            module = kind(source)
+            error = largest_error(module, source, weight)
+        except RuntimeError as failure:  # whatever an operator makes of a shape or a processor
+            return Choice(source, f"{kind.kernel} failed: {str(failure).splitlines()[0]}")
+        if not error <= TOLERANCE:  # nor if it is NaN
+            return Choice(
+                source,
+                f"{kind.kernel} is off by {error:.2g} where {TOLERANCE:.2g} is allowed",
+            )
+        if isinstance(module, CrossedLinear):
+            module.most_rows = crossover(module)
+        return Choice(module, rounding=_relative(module.dequantized() - weight, weight))
+    return Choice(source, f"there is no {source.wanted_kernel} kernel here")
+
+
+def largest_error(module: KernelLinear, source: PackedLinear, weight: Tensor) -> float:
+    """The worst output channel's error against `weight`, the source's, multiplied in float32.
+
+    Of every path, with one row and with several. Relative to the norm of the channel's outputs, or
+    to what that is for inputs of no direction, if that is more.
+    """
+    rows = probe(source, weight)
+    inputs = rows if source.activation is None else source.activation(rows)
+    exact = inputs.to(torch.float32) @ weight.t()
+    errors = []
+    for part in (slice(0, 1), slice(None)):
+        usual = weight.norm(dim=1) * inputs[part].to(torch.float32).norm()
+        size = torch.maximum(usual / source.in_features**0.5, exact[part].norm(dim=0))
+        size = size.clamp(min=torch.finfo(torch.float32).tiny)
+        for path in module.paths():
+            off = path(rows[part]).to(torch.float32) - exact[part]
+            errors.append((off.norm(dim=0) / size).max())
+    return float(torch.stack(errors).max())  # NaN if one is
+
+
+def probe(source: PackedLinear, weight: Tensor) -> Tensor:
+    """Inputs (PROBE_ROWS, n) of the layer's dtype: Gaussian, and one for the greatest sum.
+
+    The last row has the signs of a row of the weight, at the ends of the inputs' range: an int8
+    product that saturates would do so there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(PROBE_ROWS, source.in_features, generator=generator).to(weight.device)
+    largest = 1.0
+    if isinstance(source.activation, PerTensorAffine):
+        top = 2**source.activation.bits - 1
+        ends = max(source.activation.zero_point, top - source.activation.zero_point)
+        largest = ends * source.activation.scale
+        rows *= largest / 3
+    rows[-1] = weight[0].sign() * largest
+    return rows.to(source.dtype)
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.norm() / whole.norm().clamp(min=torch.finfo(torch.float32).tiny))

@@ -1,0 +1,270 @@
+"""4-bit group-affine weights through torch's packed int4 matmuls, in bfloat16.
+
+The operators multiply by `(code - 8) * scale + shift` with scale and shift in bfloat16. From
+`(code - zero) * scale` the shift is `(8 - zero) * scale`, of the scale as it was rounded, so that
+weights near zero stay near zero. Nothing but these two roundings is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pytest_qlab.formats.affine import AffineGroups, group_length
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.real import CrossedLinear, has_operator
+
+GROUPS = (32, 64, 128, 256)
+MIDDLE = 8
+TILE_ELEMENTS = 2**19
+"""Weights that are dequantized at a time: 1 MiB in bfloat16, which stays in a core's cache."""
+LAYOUTS = ((64, False), (32, False), (64, True), (32, True))
+"""Rows in a block, and whether a byte holds neighbouring rows, not those half a block apart.
+
+Which one the operator uses depends on the processor, so it is found by trying."""
+_EXACT = 0x4300
+"""The bits of 128.0 in bfloat16, whose last 4 bits count in ones."""
+
+
+def pack_cpu(codes: Tensor) -> Tensor:
+    """int32 codes (m, n) in the order that the CPU kernel reads: uint8 (m, n / 2)."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed
+
+
+def multiply_cpu(rows: Tensor, packed: Tensor, group: int, scales_and_shifts: Tensor) -> Tensor:
+    """The kernel on bfloat16 rows; 30 times slower in any other type, so never call it in one."""
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        rows, packed, group, scales_and_shifts
+    )
+    return product
+
+
+def multiply_cuda(rows: Tensor, packed: Tensor, group: int, scales_and_shifts: Tensor) -> Tensor:
+    """The kernel on bfloat16 rows."""
+    product: Tensor = torch.ops.aten._weight_int4pack_mm(rows, packed, group, scales_and_shifts)
+    return product
+
+
+class Int4Linear(CrossedLinear):
+    """What both devices share: scales and shifts, and the order of the columns.
+
+    Groups of scattered columns (act-order) are taken by sorting the columns by their group, and
+    the inputs with them.
+    """
+
+    def __init__(self, source: PackedLinear) -> None:
+        super().__init__(source)
+        weight = _affine(source)
+        self.group = group_length(self.in_features, weight.group_size)
+        scales = weight.scales.to(torch.bfloat16)
+        shifts = ((MIDDLE - weight.zeros().to(torch.float32)) * scales).to(torch.bfloat16)
+        self.scales_and_shifts: Tensor
+        self.register_buffer(
+            "scales_and_shifts", torch.stack([scales.t(), shifts.t()], dim=-1).contiguous()
+        )
+        self.columns: Tensor | None
+        self.register_buffer("columns", None)
+        if weight.column_groups is not None:
+            self.columns = weight.column_groups.sort(stable=True).indices
+
+    @classmethod
+    def applies(cls, source: PackedLinear) -> bool:
+        return _is_affine(source, 4) and source.activation is None
+
+    @classmethod
+    def refusal(cls, source: PackedLinear) -> str:
+        weight = _affine(source)
+        columns = source.in_features
+        length = group_length(columns, weight.group_size)
+        if length not in GROUPS or columns % length:
+            return f"{cls.kernel} takes whole groups of {', '.join(map(str, GROUPS))} columns only"
+        if weight.column_groups is not None:
+            counts = torch.bincount(weight.column_groups, minlength=weight.scales.shape[1])
+            if bool((counts != length).any()):
+                return f"{cls.kernel} takes groups of equal size only"
+        return ""
+
+    @property
+    def crossover_key(self) -> tuple[object, ...]:
+        return (*super().crossover_key, self.group, self.columns is None)
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return rows if self.columns is None else rows.index_select(1, self.columns)
+
+
+class Int4CpuLinear(Int4Linear):
+    """`_weight_int4pack_mm_for_cpu` for few rows; tiles of its own bits for more."""
+
+    kernel: ClassVar[str] = "int4pack"
+
+    def __init__(self, source: PackedLinear) -> None:
+        super().__init__(source)
+        codes = _affine(source).codes().to(torch.int32)
+        if self.columns is not None:
+            codes = codes.index_select(1, self.columns)
+        self.packed: Tensor
+        self.register_buffer("packed", pack_cpu(codes))
+        for self.block, self.neighbours in LAYOUTS:
+            if torch.equal(self._codes(), codes):
+                return
+        raise RuntimeError("the order of its packed codes is not known for this processor")
+
+    @classmethod
+    def applies(cls, source: PackedLinear) -> bool:
+        known = has_operator("aten", "_weight_int4pack_mm_for_cpu")
+        return super().applies(source) and _device(source) == "cpu" and known
+
+    @classmethod
+    def refusal(cls, source: PackedLinear) -> str:
+        if source.out_features % 16:
+            return f"{cls.kernel} takes multiples of 16 outputs only"
+        return super().refusal(source)
+
+    def packed_multiply(self, rows: Tensor) -> Tensor:
+        rows = self._sorted(rows).to(torch.bfloat16).contiguous()
+        return multiply_cpu(rows, self.packed, self.group, self.scales_and_shifts)
+
+    def dense_multiply(self, rows: Tensor) -> Tensor:
+        rows = self._sorted(rows)
+        product = rows.new_empty(len(rows), self.out_features)
+        for start, stop, block, neighbours in self._tiles():
+            tile = self._weights(start, stop, block, neighbours, rows.dtype)
+            product[:, start:stop] = _in_order(rows @ tile, block, neighbours)
+        return product
+
+    def dequantized(self) -> Tensor:
+        weight = torch.empty(
+            self.out_features, self.in_features, device=self.packed.device, dtype=torch.float32
+        )
+        for start, stop, block, neighbours in self._tiles():
+            tile = self._weights(start, stop, block, neighbours, torch.float32)
+            weight[start:stop] = _in_order(tile, block, neighbours).t()
+        if self.columns is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.columns, weight)
+        return weight
+
+    def _tiles(self) -> Iterator[tuple[int, int, int, bool]]:
+        """First row, end, rows of a block, and whether its bytes hold neighbours."""
+        whole = self.out_features // self.block * self.block
+        step = max(1, TILE_ELEMENTS // (self.block * self.in_features)) * self.block
+        for start in range(0, whole, step):
+            yield start, min(start + step, whole), self.block, self.neighbours
+        if whole < self.out_features:  # a shorter block is always in pairs
+            yield whole, self.out_features, self.out_features - whole, True
+
+    def _bytes(self, start: int, stop: int, block: int) -> Tensor:
+        """uint8 (blocks, n, block / 2)."""
+        return self.packed[start:stop].reshape(-1, self.in_features, block // 2)
+
+    def _codes(self) -> Tensor:
+        """int32 (m, n), columns sorted."""
+        parts = []
+        for start, stop, block, neighbours in self._tiles():
+            packed = self._bytes(start, stop, block).to(torch.int32)
+            tile = torch.cat([packed & 15, packed >> 4], -1).transpose(0, 1)
+            parts.append(_in_order(tile.reshape(self.in_features, -1), block, neighbours).t())
+        return torch.cat(parts)
+
+    def _weights(
+        self, start: int, stop: int, block: int, neighbours: bool, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows start..stop as (n, stop - start): low halves of a block's bytes before high ones.
+
+        In bfloat16 from the bits: 128 + code is exact there, and cheaper to make than a conversion.
+        """
+        packed = self._bytes(start, stop, block).transpose(0, 1)
+        bits = torch.empty(self.in_features, packed.shape[1], 2, block // 2, dtype=torch.int16)
+        bits[:, :, 0] = packed
+        torch.bitwise_right_shift(bits[:, :, 0], 4, out=bits[:, :, 1])
+        bits.bitwise_and_(15).bitwise_or_(_EXACT)
+        codes = bits.view(torch.bfloat16).sub_(128 + MIDDLE).to(dtype)
+        scales, shifts = (
+            _by_byte(each, block, neighbours).to(dtype)
+            for each in self.scales_and_shifts[:, start:stop].unbind(-1)
+        )
+        grouped = codes.view(-1, self.group, stop - start)
+        torch.addcmul(shifts.unsqueeze(1), grouped, scales.unsqueeze(1), out=grouped)
+        return grouped.view(self.in_features, -1)
+
+
+class Int4CudaLinear(Int4Linear):
+    """`_weight_int4pack_mm` for few rows.
+
+    For more, the format's own bits are dequantized; they are kept beside the kernel's, and counted,
+    since the kernel's order is not documented.
+    """
+
+    kernel: ClassVar[str] = "int4pack-cuda"
+    inner_tiles: ClassVar[int] = 8
+
+    def __init__(self, source: PackedLinear) -> None:
+        super().__init__(source)
+        codes = _affine(source).codes()
+        if self.columns is not None:
+            codes = codes.index_select(1, self.columns)
+        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+        self.packed: Tensor
+        self.register_buffer(
+            "packed", torch.ops.aten._convert_weight_to_int4pack(pairs, self.inner_tiles)
+        )
+        self.source = source
+
+    @classmethod
+    def applies(cls, source: PackedLinear) -> bool:
+        return super().applies(source) and _device(source) == "cuda"
+
+    @classmethod
+    def refusal(cls, source: PackedLinear) -> str:
+        if source.out_features % 8 or source.in_features % (16 * cls.inner_tiles):
+            return f"{cls.kernel} takes multiples of 8 outputs and {16 * cls.inner_tiles} inputs"
+        return super().refusal(source)
+
+    def packed_multiply(self, rows: Tensor) -> Tensor:
+        rows = self._sorted(rows).to(torch.bfloat16).contiguous()
+        return multiply_cuda(rows, self.packed, self.group, self.scales_and_shifts)
+
+    def dense_multiply(self, rows: Tensor) -> Tensor:
+        return rows @ self.source.weight.t()
+
+    def dequantized(self) -> Tensor:
+        codes = _affine(self.source).codes().to(torch.float32) - MIDDLE
+        scales, shifts = self.scales_and_shifts.to(torch.float32).unbind(-1)
+        groups = _affine(self.source).column_groups
+        if groups is None:
+            groups = torch.arange(self.in_features, device=codes.device) // self.group
+        return codes * scales.t()[:, groups] + shifts.t()[:, groups]
+
+
+def _affine(source: PackedLinear) -> AffineGroups:
+    weight = source.packed
+    assert isinstance(weight, AffineGroups)
+    return weight
+
+
+def _is_affine(source: PackedLinear, bits: int) -> bool:
+    described: dict[str, Any] = source.metadata
+    return bool(described["format"] == AffineGroups.format and described["bits"] == bits)
+
+
+def _device(source: PackedLinear) -> str:
+    return source.device.type
+
+
+def _in_order(tile: Tensor, block: int, neighbours: bool) -> Tensor:
+    """(k, rows in the order of the bytes' halves) to (k, rows)."""
+    if not neighbours:
+        return tile
+    halves = tile.view(len(tile), -1, 2, block // 2)
+    return halves.transpose(-1, -2).reshape(len(tile), -1)
+
+
+def _by_byte(tile: Tensor, block: int, neighbours: bool) -> Tensor:
+    """The inverse of `_in_order`; contiguous."""
+    if not neighbours:
+        return tile.contiguous()
+    pairs = tile.reshape(len(tile), -1, block // 2, 2)
+    return pairs.transpose(-1, -2).reshape(len(tile), -1)

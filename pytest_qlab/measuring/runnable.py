@@ -1,0 +1,187 @@
+"""The models that speed is measured on: computing in bfloat16, packed bits through real kernels.
+
+Quality is measured elsewhere, on dequantized weights in the lab's dtype: how fast bits run is one
+question, what they say is another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from pytest_qlab.checkpoint import instantiate, replace_parameter, structural_copy
+from pytest_qlab.kernels.choose import choose
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.real import CrossedLinear, has_operator
+from pytest_qlab.machine import processor_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pytest_qlab.candidate import Candidate
+    from pytest_qlab.checkpoint import Checkpoint
+
+KERNELS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What runs the quantized layers of a candidate where its speed is measured.
+
+    Attributes:
+        counts: layers by kernel.
+        wanted: for layers that dequantize, the kernels that would have to run.
+        reasons: why they do, with the number of layers.
+        rounding: most that a kernel's own rounding adds to a layer's weight, relative.
+        most_rows: of kernels for few rows, up to how many they run, by kernel and shape.
+    """
+
+    counts: dict[str, int]
+    wanted: tuple[str, ...] = ()
+    reasons: dict[str, int] = field(default_factory=dict)
+    rounding: float = 0.0
+    most_rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether some layer's packed bits are not what runs."""
+        return bool(self.wanted)
+
+    @property
+    def dequantizing(self) -> int:
+        """Layers that dequantize before they multiply."""
+        return sum(self.reasons.values())
+
+    def __str__(self) -> str:
+        """Such as `int4pack 42, dequantize-matmul 2`."""
+        ordered = sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
+        return ", ".join(f"{kernel} {count}" for kernel, count in ordered)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "wanted": list(self.wanted)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**{**fields, "wanted": tuple(fields["wanted"])})
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Of a candidate whose bits need no kernel of ours: plain weights, another runtime."""
+        return cls({checkpoint.kernel: len(checkpoint.size.layers)})
+
+
+def speed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in where speed is measured: bfloat16, unless products are not fast in it.
+
+    They are on CUDA, and on processors with instructions for them; on others, a baseline in
+    bfloat16 would be slow, and every candidate look fast beside it.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    supported = has_operator("mkldnn", "_is_mkldnn_bf16_supported")
+    if device.type == "cpu" and supported and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return dtype
+
+
+def speed_base(base: Any) -> Any:
+    """The base model as its speed is measured: itself, or a copy in `speed_dtype`.
+
+    Buffers, such as rotary frequencies, stay as exact as they are.
+    """
+    first = next(base.parameters())
+    dtype = speed_dtype(first.dtype, first.device)
+    if dtype == first.dtype:
+        return base
+    copy = structural_copy(base)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            replace_parameter(copy, name, parameter.detach().to(dtype))
+    return copy.eval()
+
+
+def dtype_name(model: Any) -> str:
+    """What a model computes in, such as `bfloat16`; for the convention of a latency."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model to measure speed on, and what runs its quantized layers."""
+
+    model: Any
+    kernels: KernelUse
+
+
+def runnable(candidate: Candidate) -> Runnable:
+    """The candidate's model in `speed_dtype`, with real kernels.
+
+    Every layer proves itself first, see `kernels.choose`; what does not dequantizes and multiplies.
+    Parameters that the method left alone are shared with `Lab.speed_base`.
+    """
+    model = instantiate(candidate.checkpoint, candidate.lab.speed_base)
+    return Runnable(model, use_kernels(model))
+
+
+def speed_model(candidate: Candidate) -> Any:
+    """The candidate's model as its speed is measured; made once and kept by the candidate."""
+    return candidate.speed_model
+
+
+def kernel_use_parts(candidate: Candidate) -> dict[str, Any]:
+    """What determines which kernels run a candidate, as plain JSON types."""
+    return {
+        "quantized": candidate.lab.quantized_identity(candidate.method),
+        "processor": processor_name(),
+        "code": KERNELS_VERSION,
+    }
+
+
+def kernel_use(candidate: Candidate) -> KernelUse:
+    """What runs the candidate's layers on this machine; remembered in the store."""
+    if not candidate.checkpoint.simulated:
+        return KernelUse.of_checkpoint(candidate.checkpoint)
+    stored = candidate.lab.store.json(
+        "kernels", kernel_use_parts(candidate), lambda: candidate.runnable.kernels.to_dict()
+    )
+    return KernelUse.from_dict(stored)
+
+
+def known_kernel_use(candidate: Candidate) -> KernelUse | None:
+    """The same if it is known; computes nothing."""
+    stored = candidate.lab.store.peek("kernels", kernel_use_parts(candidate))
+    return None if stored is None else KernelUse.from_dict(stored)
+
+
+def use_kernels(model: nn.Module) -> KernelUse:
+    """Put the best module in the place of every packed linear layer of a model.
+
+    Raises:
+        CorruptEntryError: a packed weight is not finite.
+    """
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    wanted: set[str] = set()
+    rounding, most_rows = 0.0, dict[str, int]()
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear):
+            continue
+        choice = choose(module, name)
+        chosen: Any = choice.module
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, chosen)
+        counts[chosen.kernel] += 1
+        rounding = max(rounding, choice.rounding)
+        if choice.reason:
+            reasons[choice.reason] += 1
+            wanted.add(module.wanted_kernel)
+        if isinstance(chosen, CrossedLinear):
+            shape = f"{chosen.out_features}x{chosen.in_features}"
+            most_rows[f"{chosen.kernel} {shape}"] = chosen.most_rows
+    return KernelUse(dict(counts), tuple(sorted(wanted)), dict(reasons), rounding, most_rows)
