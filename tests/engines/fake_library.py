@@ -202,6 +202,12 @@ def llama_memory_clear(context: Context, data: bool) -> None:
     context.tokens.clear()
 
 
+def llama_memory_seq_rm(context: Context, sequence: int, start: int, stop: int) -> bool:
+    if context.model.fields.get("forgets", True):
+        del context.tokens[start:]
+    return bool(context.model.fields.get("forgets", True))
+
+
 def llama_batch_get_one(tokens: Any, count: int) -> llama_batch:
     return llama_batch(n_tokens=count, token=tokens)
 

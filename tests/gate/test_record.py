@@ -17,7 +17,7 @@ from pytest_qlab.gate.compare import changes, paired_difference
 from pytest_qlab.gate.record import record_of
 from pytest_qlab.gate.thresholds import PAIRED, parse_thresholds
 from pytest_qlab.machine import processor_name
-from pytest_qlab.measuring.speed import Latency
+from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.metrics.latency import PairedLatency, Round
 from tests.lab.tiny import documents, tiny_lab
 
