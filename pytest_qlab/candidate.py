@@ -18,9 +18,9 @@ from pytest_qlab.estimate import Estimate
 from pytest_qlab.gate.deferred import DeferredKl, deferred
 from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
 from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
+from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
 from pytest_qlab.measuring.memory import Memory
-from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.results import CandidateResult, LayerRow, Measure

@@ -37,12 +37,13 @@ _NAMES = ("resident", "peak", "decode_peak", "rss_peak", "kv_per_token")
 
 
 class Memory:
-    """Bytes, each measured when it is first read."""
+    """Bytes; `rss_peak` is measured when it is first read, all others at once."""
 
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
-        self._counted: dict[str, Estimate] | None = None
+        self._counted = measure_memory(candidate)
         self._process: Estimate | None = None
+        candidate.note(self._counted)
 
     @property
     def resident(self) -> Estimate:
@@ -98,9 +99,6 @@ class Memory:
         return found
 
     def _count(self, name: str) -> Estimate:
-        if self._counted is None:
-            self._counted = measure_memory(self._candidate)
-            self._candidate.note(self._counted)
         found = self._counted.get(f"memory.{name}")
         if found is None:
             raise MetricError(

@@ -217,6 +217,7 @@ def llama_decode(context: Context, batch: llama_batch) -> int:
         _log[0](4, b"decode: no slot\n", None)
         return -3
     vocabulary, rows = llama_vocab_n_tokens(context.model), batch.n_tokens
+    context.model.journal(rows=rows, held=len(context.tokens))
     context.logits = (ctypes.c_float * (rows * vocabulary))()
     count = 0
     for row in range(rows):
