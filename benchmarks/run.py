@@ -11,10 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.disturbance import benchmark_disturbance
 from benchmarks.ggml import benchmark_ggml
 from benchmarks.peers import PeerError
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
+from benchmarks.serial import benchmark_serial
 from benchmarks.settings import Benchmark, available_cores, say
 from benchmarks.suite import benchmark_suite
 from benchmarks.tables import Section, table
@@ -28,6 +30,8 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "store": benchmark_store,
     "workers": benchmark_workers,
     "ggml": benchmark_ggml,
+    "disturbance": benchmark_disturbance,
+    "serial": benchmark_serial,
 }
 
 

@@ -31,6 +31,7 @@ from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
+from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.structure import all_linears
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def load_alone(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Mo
 
     with _parameters_without_memory():
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    unfuse_experts(model, check=False)
     with torch.no_grad():
         for name, tensor in checkpoint.others().items():
             replace_parameter(model, name, tensor.to(dtype))

@@ -115,30 +115,30 @@ def _plain_as_computed(model: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class TimedCall:
     """Something to time: `run`, after `prepare`, which is not timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
 
 
-def _call(model: Any, ids: Tensor, phase: Phase) -> _Call:
+def timed_call(model: Any, ids: Tensor, phase: Phase) -> TimedCall:
     """A prefill of `ids`, or the step that runs the last of them after all others."""
     options = last_logits_only(model)
     if not phase.decodes:
-        return _Call(forward(model, ids, **options))
+        return TimedCall(forward(model, ids, **options))
     decoding = Decoding(model, ids, **options)
-    return _Call(decoding.step, decoding.restore)
+    return TimedCall(decoding.step, decoding.restore)
 
 
 @contextmanager
-def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[_Call, Clocks]]:
+def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[TimedCall, Clocks]]:
     """The candidate's call, and clocks that count the CPU time of its engine, too."""
     engine, here = candidate.engine(), Clocks()
     if engine is None:
         model = _timed_model(candidate)
         with _plain_as_computed(model):
-            yield _call(model, ids, phase), here
+            yield timed_call(model, ids, phase), here
         return
     tokens = ids[0].tolist()
     with engine:
@@ -148,9 +148,9 @@ def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[_
         )
         if phase.decodes:
             fill = partial(engine.fill, tokens[:-1])
-            yield _Call(partial(engine.decode, tokens[-1]), fill), clocks
+            yield TimedCall(partial(engine.decode, tokens[-1]), fill), clocks
         else:
-            yield _Call(partial(engine.prefill, tokens)), clocks
+            yield TimedCall(partial(engine.prefill, tokens)), clocks
 
 
 def refuse_simulated(candidate: Candidate) -> None:
@@ -182,7 +182,7 @@ def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLaten
 
     def compute() -> dict[str, Any]:
         ids = _phase_ids(lab, phase)
-        base = _call(_timed_baseline(lab), ids, phase)
+        base = timed_call(_timed_baseline(lab), ids, phase)
         with _alone(lab), _runner(candidate, ids, phase) as (call, clocks):
             lab.progress(f"{candidate.id}: latency, {_convention(ids, phase)}")
             found = measure_pair(
@@ -215,7 +215,7 @@ def _floor(lab: Lab, phase: Phase) -> tuple[float | None, str]:
 
     def compute() -> dict[str, Any]:
         ids = _phase_ids(lab, phase)
-        first, second = (_call(_timed_baseline(lab), ids, phase) for _ in range(2))
+        first, second = (timed_call(_timed_baseline(lab), ids, phase) for _ in range(2))
         with _alone(lab):
             lab.progress("latency of the base model beside itself")
             found = measure_pair(

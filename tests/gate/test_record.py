@@ -114,9 +114,7 @@ def test_a_latency_is_saved_where_one_was_measured(tmp_path: Path) -> None:
     slow = Round(baseline=9000, candidate=9000, cpu=18000, wall=18000, switches=0)
     paired = PairedLatency((*[plain] * 299, slow), threads=1, convention="prefill32")
     timed = {"": paired, "decode.": replace(paired, convention="decode after 31")}
-    measured = {
-        prefix: SimpleNamespace(measured=timed.get(prefix)) for prefix in LATENCY_PHASES
-    }
+    measured = {prefix: SimpleNamespace(measured=timed.get(prefix)) for prefix in LATENCY_PHASES}
     candidate.__dict__["latency"] = SimpleNamespace(phases=lambda: measured)
     saved = record_of(candidate, evaluated=False).candidates["rtn-w4g128"]
     assert saved.latencies.keys() == {"decode."}

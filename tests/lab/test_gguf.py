@@ -220,7 +220,7 @@ def test_latency_and_memory_are_the_engines(
     assert candidate.memory.peak == 5000
     assert candidate.memory.kv_per_token == 10
     assert candidate.memory.rss_peak == 9000
-    with pytest.raises(MetricError, match="decode_peak .* engine that runs it"):
+    with pytest.raises(MetricError, match=r"decode_peak .* engine that runs it"):
         candidate.memory.decode_peak  # noqa: B018
     assert not candidate.memory.peak.simulated
     assert Recording.opened == []

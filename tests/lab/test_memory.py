@@ -71,7 +71,7 @@ def test_a_checkpoint_that_lacks_a_parameter_is_an_error(tmp_path: Path) -> None
 def test_generation_is_greedy(tmp_path: Path) -> None:
     """As by whole forwards without a cache."""
     model = tiny_lab(tmp_path).candidate("rtn").model
-    ids, expected = list(range(3, 20)), []
+    ids, expected = list(range(3, 20)), list[int]()
     for _ in range(4):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*ids, *expected]])).logits
@@ -132,7 +132,7 @@ def lab_without_child(store: Path) -> Lab:
 def test_a_process_knows_its_own_peak_and_not_its_parents() -> None:
     """This process holds 300 MB more than a bare child, which must not count them."""
     held = bytearray(300 * 2**20)
-    held[:: 4096] = b"x" * len(held[::4096])
+    held[::4096] = b"x" * len(held[::4096])
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import types, importlib.util as u;"
         "s = u.spec_from_file_location('machine', sys.argv[2]); m = u.module_from_spec(s);"

@@ -95,7 +95,7 @@ def test_a_disturbed_floor_is_none_and_said(
 ) -> None:
     _ = tiny_lab(tmp_path).candidate("rtn").latency.p50
     shutil.rmtree(tmp_path / "v1" / "latency_floor")
-    measure = speed.measure_pair
+    measure = latency.measure_pair
 
     def disturbed(*calls: Any, **options: Any) -> PairedLatency:
         found = measure(*calls, **options)
@@ -119,7 +119,7 @@ def test_each_phase_runs_what_it_says(tmp_path: Path, timer: list[dict[str, Any]
     assert candidate.latency.prefill.p90.metric == "latency.p90"
     with pytest.raises(MetricError, match=r"decode\.p51.*Did you mean 'latency\.decode\.p50'"):
         candidate["latency.decode.p51"]
-    with pytest.raises(MetricError, match="no measure 'latency.encode.p50'"):
+    with pytest.raises(MetricError, match=r"no measure 'latency\.encode\.p50'"):
         candidate["latency.encode.p50"]
 
     ids = speed.prompt(lab, CONTEXT)

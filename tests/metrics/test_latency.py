@@ -129,9 +129,7 @@ def test_p99_takes_enough_samples_to_bound_it(rounds: int, confidence: float | N
         assert found.candidate.p99_reason == ""
 
 
-@pytest.mark.parametrize(
-    ("rounds", "confidence"), [(28, None), (30, 0.90), (34, 0.90), (36, 0.95)]
-)
+@pytest.mark.parametrize(("rounds", "confidence"), [(28, None), (30, 0.90), (34, 0.90), (36, 0.95)])
 def test_p90_takes_enough_samples_to_bound_it(rounds: int, confidence: float | None) -> None:
     """0.9^28 is 0.052, 0.9^29 is 0.047, 0.9^36 is 0.023."""
     found = fixed(Machine(), rounds)
