@@ -25,7 +25,7 @@ RUNS = {
 """The first is what the others are compared with. `--dist=load` has no serial phase."""
 MEASURES = ("latency.ratio", "latency.decode.ratio")
 HEADER = ("run", "measure", *METHODS, "median of x -n 0's", "within")
-TESTS = '''
+TESTS = """
 def test_latency(quantized):
     assert quantized.latency.ratio > 0
     assert quantized.latency.decode.ratio > 0
@@ -34,7 +34,7 @@ def test_latency(quantized):
 def test_busy(quantized):
     assert quantized.kl.mean >= 0
     assert quantized.layer_error >= 0
-'''
+"""
 
 
 def benchmark_serial(benchmark: Benchmark) -> Section:
