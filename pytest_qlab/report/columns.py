@@ -109,40 +109,37 @@ def _quality(name: str, heading: str, short: str, rank: int, **more: object) -> 
 
 
 def _latency(phase: str, heading: str, short: str, what: str, rank: int) -> list[Column]:
-    """Columns of one phase; the median and the ratio are in the main table unless they are long."""
+    """Columns of one phase; the median and the ratio are in the main table unless they rank low."""
+    main, low = rank < 20, max(23, rank)
     column = Column("", "", "", kind="seconds", group="Memory and speed", most=2)
-    main = rank < 20
-
-    def named(name: str, **more: object) -> Column:
-        return replace(column, name=f"latency.{phase}{name}", **more)  # type: ignore[arg-type]
-
-    def high(name: str, words: str) -> Column:
-        meaning = f"{words} percentile of the time of {what}"
-        shown = {"heading": f"{heading} {name}", "short": short + name}
-        return named(name, **shown, meaning=meaning, primary=False, rank=max(23, rank))
-
-    return [
-        named(
-            "p50",
-            heading=f"{heading} p50",
-            short=f"{short}p50",
-            meaning=f"median time of {what}",
-            primary=main,
-            rank=rank,
-        ),
-        high("p90", "90th"),
-        high("p99", "99th"),
-        named(
-            "ratio",
-            heading=f"{heading} ratio",
-            short=f"{short}x time",
-            meaning="time over the baseline's, measured interleaved in one process",
-            unit=TIMES,
-            kind="times",
-            primary=main,
-            rank=rank + 4,
-        ),
+    times = [
+        replace(
+            column,
+            name=f"latency.{phase}{name}",
+            heading=f"{heading} {name}",
+            short=f"{short}{name}",
+            meaning=f"{words} time of {what}",
+            primary=main and name == "p50",
+            rank=rank if name == "p50" else low,
+        )
+        for name, words in (
+            ("p50", "median"),
+            ("p90", "90th percentile of the"),
+            ("p99", "99th percentile of the"),
+        )
     ]
+    ratio = replace(
+        column,
+        name=f"latency.{phase}ratio",
+        heading=f"{heading} ratio",
+        short=f"{short}x time",
+        meaning="time over the baseline's, measured interleaved in one process",
+        unit=TIMES,
+        kind="times",
+        primary=main,
+        rank=rank + 4,
+    )
+    return [*times, ratio]
 
 
 KNOWN: tuple[Column, ...] = (
@@ -349,10 +346,10 @@ KNOWN: tuple[Column, ...] = (
         primary=False,
         rank=24,
     ),
-    *(_latency("", "Latency", "", "a forward pass", 7)),
-    *(_latency("prefill512.", "Prefill of 512", "pre512 ", "a forward pass over 512 tokens", 27)),
-    *(_latency("decode.", "Decode", "dec ", "running one token after 128", 8)),
-    *(_latency("decode512.", "Decode after 512", "dec512 ", "running one token after 512", 28)),
+    *_latency("", "Latency", "", "a forward pass", 7),
+    *_latency("prefill512.", "Prefill of 512", "pre512 ", "a forward pass over 512 tokens", 27),
+    *_latency("decode.", "Decode", "dec ", "running one token after 128", 8),
+    *_latency("decode512.", "Decode after 512", "dec512 ", "running one token after 512", 28),
 )
 _BY_NAME = {column.name: column for column in KNOWN}
 
