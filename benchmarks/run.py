@@ -11,11 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.disturbance import benchmark_disturbance
 from benchmarks.ggml import benchmark_ggml
 from benchmarks.kernels import benchmark_kernels
 from benchmarks.peers import PeerError
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
+from benchmarks.serial import benchmark_serial
 from benchmarks.settings import Benchmark, available_cores, say
 from benchmarks.suite import benchmark_suite
 from benchmarks.tables import Section, table
@@ -30,6 +32,8 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "workers": benchmark_workers,
     "ggml": benchmark_ggml,
     "kernels": benchmark_kernels,
+    "disturbance": benchmark_disturbance,
+    "serial": benchmark_serial,
 }
 
 

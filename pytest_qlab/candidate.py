@@ -18,7 +18,9 @@ from pytest_qlab.estimate import Estimate
 from pytest_qlab.gate.deferred import DeferredKl, deferred
 from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
 from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
+from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.memory import Memory
 from pytest_qlab.measuring.runnable import (
     KernelUse,
     Runnable,
@@ -26,7 +28,6 @@ from pytest_qlab.measuring.runnable import (
     known_kernel_use,
     runnable,
 )
-from pytest_qlab.measuring.speed import Latency, Memory, measure_latency, measure_memory
 from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.results import CandidateResult, LayerRow, Measure
@@ -72,7 +73,7 @@ class Candidate:
     def checkpoint(self) -> Checkpoint:
         """The packed model on disk."""
         found = self.lab.checkpoint(self.method)
-        self._note(found.size.estimates(self.id))
+        self.note(found.size.estimates(self.id))
         return found
 
     @cached_property
@@ -101,6 +102,11 @@ class Candidate:
         To be closed by the caller.
         """
         return self.method.engine(self.checkpoint.directory, threads=threads)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the base model itself."""
+        return self.method.name == "none"
 
     @property
     def tokenizer(self) -> Any:
@@ -165,7 +171,7 @@ class Candidate:
             if look > max(self._fidelities, default=-1):  # The table shows the most that is known.
                 # The base model's perplexity is the same for all; its own row has it.
                 known = found.estimates()
-                self._note({k: e for k, e in known.items() if not k.startswith("base_perplexity")})
+                self.note({k: e for k, e in known.items() if not k.startswith("base_perplexity")})
             self._fidelities[look] = found
         return self._fidelities[look]
 
@@ -249,7 +255,7 @@ class Candidate:
             lambda: measure_layers(self.lab, checkpoint).to_dict(),
         )
         found = LayerErrors.from_dict(stored)
-        self._note(found.total.estimates(self.id))
+        self.note(found.total.estimates(self.id))
         return found
 
     @property
@@ -333,17 +339,16 @@ class Candidate:
 
     @cached_property
     def memory(self) -> Memory:
-        """`memory.resident`, `memory.peak`, `memory.kv_per_token`, bytes."""
-        found = measure_memory(self)
-        self._note(found.estimates)
-        return found
+        """`resident`, `peak`, `decode_peak`, `rss_peak`, `kv_per_token`, bytes."""
+        return Memory(self)
 
     @cached_property
     def latency(self) -> Latency:
-        """`latency.p50`, `latency.p99`, `latency.ratio`; seconds, paired with the base model."""
-        paired = measure_latency(self)
-        self._note(paired.estimates())
-        return Latency(paired)
+        """`p50`, `p90`, `p99` in seconds and `ratio`, paired with the base model, by phase.
+
+        Of a prefill of 128 tokens; `prefill512`, `decode` and `decode512` have their own.
+        """
+        return Latency(self)
 
     # --- for the table ---------------------------------------------------------------------
 
@@ -357,7 +362,8 @@ class Candidate:
         """What was measured so far, by dotted name; computes nothing."""
         return self._measured
 
-    def _note(self, estimates: Mapping[str, Estimate]) -> None:
+    def note(self, estimates: Mapping[str, Estimate]) -> None:
+        """Show these in the table from now on."""
         self._measured.update(estimates)
 
     def _from(self, estimates: Mapping[str, Estimate], metric: str) -> Estimate:
@@ -371,9 +377,9 @@ class Candidate:
     def __getitem__(self, metric: str) -> Estimate:
         """A measure by its dotted name, such as `kl.mean` or `perplexity_delta[code]`."""
         if metric not in self._measured and metric.startswith("memory."):
-            return self._from(self.memory.estimates, metric)
-        if metric not in self._measured and metric.startswith("latency."):
-            return self._from(self.latency.paired.estimates(), metric)
+            return self.memory.named(metric)
+        if metric.startswith("latency."):
+            return self.latency.named(metric)
         if metric == "layer_error" or metric.startswith("weights."):
             return self._from(self._layer_errors.total.estimates(self.id), metric)
         if metric in _DEFERRED:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pytest_qlab.errors import ModelError
 from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
 from pytest_qlab.kernels.embedding import PackedEmbedding
@@ -28,6 +31,7 @@ from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
+from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.structure import all_linears
 
 if TYPE_CHECKING:
@@ -229,6 +233,55 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
             site.replace(model, module.to(reference.device))
     evaluated: nn.Module = model.eval()
     return evaluated
+
+
+def load_alone(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint, on the CPU, without its base model ever being in memory.
+
+    Args:
+        config: of a transformers causal language model.
+        dtype: in which it computes.
+
+    Raises:
+        ModelError: the checkpoint lacks parameters that the configuration asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_without_memory():
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    unfuse_experts(model, check=False)
+    with torch.no_grad():
+        for name, tensor in checkpoint.others().items():
+            replace_parameter(model, name, tensor.to(dtype))
+        place_embeddings(model, checkpoint.embeddings(), torch.empty(0, dtype=dtype))
+        layers = checkpoint.layers()
+        for site in all_linears(model):
+            site.replace(model, _module(layers[site.name], site.bias, dtype))
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ModelError(
+            f"The packed model has no {empty[0]}, which a {type(model).__name__} made from its "
+            "configuration has, so it cannot be loaded without its base model."
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Parameters that modules register inside have a shape only; buffers are as always."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor) -> None:

@@ -30,6 +30,10 @@ _DAMAGE: Mapping[str, Direction] = {
     "snr_db": "higher",
     "cosine": "higher",
 }
+LATENCY_PHASES = ("", "prefill512.", "decode.", "decode512.")
+"""What comes between `latency.` and `p50` in the name of a measure; empty for prefill of 128."""
+LATENCY_RATIOS = frozenset(f"latency.{phase}ratio" for phase in LATENCY_PHASES)
+"""Of these, 1 says that the candidate is as the base model is."""
 DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
     {
         **_DAMAGE,
@@ -42,10 +46,14 @@ DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
         "model_bits_per_weight": "lower",
         "memory.resident": "lower",
         "memory.peak": "lower",
+        "memory.decode_peak": "lower",
+        "memory.rss_peak": "lower",
         "memory.kv_per_token": "lower",
-        "latency.p50": "lower",
-        "latency.p99": "lower",
-        "latency.ratio": "lower",
+        **{
+            f"latency.{phase}{name}": "lower"
+            for phase in LATENCY_PHASES
+            for name in ("p50", "p90", "p99", "ratio")
+        },
     }
 )
 RATES = frozenset(("kl.tail", "top1_agreement"))

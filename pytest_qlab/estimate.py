@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from pytest_qlab.directions import LATENCY_RATIOS
 from pytest_qlab.errors import MetricError
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class Estimate(float):
         standard_error: of the value, from differences between clusters; None where none is defined.
         n: number of scored units (tokens, samples); clusters: number of independent documents.
         design_effect: squared standard error over that of independent units; None where unknown.
-        floor: what the base model scores against itself under a second legal numeric path; None
-            where that was not measured, or where nothing was computed, as for an exact copy.
+        floor: what the base model scores against itself under a second legal numeric path; of a
+            ratio of latencies, how far from 1 that is; None where it was not measured, or where
+            nothing was computed, as for an exact copy.
         unit: `nats`, `dB`, `bytes`, `s`, or empty for a pure number.
         convention: how it was measured, such as `spread512`.
         simulated: True where no kernel runs the packed bits, so that speed is not the format's.
@@ -228,13 +230,18 @@ class Estimate(float):
     __hash__ = float.__hash__
 
     def check_above_floor(self, op: str, budget: object) -> None:
-        """Refuse to hold the measure under a budget that numerical noise alone could exceed.
+        """Refuse to hold the measure under a budget that noise alone could exceed.
 
-        Two estimates are only compared with each other; neither is a budget.
+        Two estimates are only compared with each other; neither is a budget. A ratio of latencies
+        may be held to a budget as near to 1 as the noise is where it is clear of it all the same.
 
         Raises:
-            MetricError: `op` is `<` or `<=`, and the budget is below twice the noise floor.
+            MetricError: `op` is `<` or `<=`, and the budget is below twice the noise floor, or, of
+                a ratio of latencies, nearer to 1 than the floor with the ratio as near to it.
         """
+        if self.metric in LATENCY_RATIOS:
+            self._check_clear_of_noise(op, budget)
+            return
         bounding = op in ("<", "<=") and not isinstance(budget, Estimate)
         if self.floor and bounding and isinstance(budget, int | float) and budget < 2 * self.floor:
             raise MetricError(
@@ -243,6 +250,18 @@ class Estimate(float):
                 f"itself when it is computed in another order, is {self.floor:.4g}, and a budget "
                 f"has to be at least twice that. Allow {2 * self.floor:.4g} or more; the floor is "
                 "lowest in float32 (--qlab-dtype)."
+            )
+
+    def _check_clear_of_noise(self, op: str, budget: object) -> None:
+        if not self.floor or isinstance(budget, Estimate) or not isinstance(budget, int | float):
+            return
+        if max(abs(budget - 1), abs(self - budget)) < self.floor and op in ("<", "<="):
+            raise MetricError(
+                f"{self.metric} of {self.candidate or 'the candidate'} is {float(self):.4g} and "
+                f"cannot be held to a budget of {budget:.4g}: timed against itself in the same "
+                f"way, the base model differs from 1 by up to {self.floor:.2g} on this machine, so "
+                f"that chance would decide. Allow {1 + self.floor:.3g} or more, or measure on a "
+                "quieter machine."
             )
 
     def _compared(self, op: str, other: object, outcome: Any) -> Any:

@@ -48,6 +48,7 @@ from pytest_qlab.store import Store, content_hash, default_store
 if TYPE_CHECKING:
     from pytest_qlab.data.text import Document
     from pytest_qlab.data.windows import Window, WindowSet
+    from pytest_qlab.metrics.latency import PairedLatency
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.settings import Settings
 
@@ -102,6 +103,7 @@ class Lab:
         self._forwards_lock = threading.Lock()
         self._configurations = dict(configurations or {})
         self._candidates: dict[MethodSpec, Candidate] = {}
+        self.timed: dict[str, PairedLatency] = {}  # the rounds that were read last, by phase
         self.model = ModelInput(
             model,
             tokenizer,

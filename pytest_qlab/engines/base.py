@@ -78,6 +78,14 @@ class Engine(Protocol):
         """
         ...
 
+    def fill(self, ids: Sequence[int]) -> None:
+        """Make the cache hold exactly `ids`; before `decode`, and as `prefill` runs."""
+        ...
+
+    def decode(self, token: int) -> None:
+        """Run one more token up to the logits after it, and keep it in the cache; for timing."""
+        ...
+
     def close(self) -> None:
         """End the engine's process; a second call does nothing."""
         ...

@@ -114,6 +114,8 @@ class SavedCandidate(_Model):
         quantized: key of the packed model in the store.
         calibration: hash of the sequences, where anything depends on them.
         measures: values, for whoever reviews the file and for counted numbers.
+        latency: of a prefill of 128 tokens. latencies: of other phases, by what comes after
+            `latency.` in the names of their measures, such as `decode.`.
     """
 
     method: str
@@ -123,6 +125,12 @@ class SavedCandidate(_Model):
     measures: dict[str, float] = Field(default_factory=dict)
     sums: Sums | None = None
     latency: LatencySummary | None = None
+    latencies: dict[str, LatencySummary] = Field(default_factory=dict)
+
+    def timed(self, metric: str) -> LatencySummary | None:
+        """What a measure such as `latency.decode.p50` is compared by, if it was timed."""
+        prefix, dot, _ = metric.removeprefix("latency.").rpartition(".")
+        return self.latencies.get(prefix + dot) if dot else self.latency
 
     def merge(self, other: SavedCandidate) -> None:
         """Take over what another process knows of the same candidate.
@@ -144,6 +152,7 @@ class SavedCandidate(_Model):
         self.calibration = other.calibration or self.calibration
         self.sums = other.sums or self.sums
         self.latency = other.latency or self.latency
+        self.latencies.update(other.latencies)
 
 
 class Subject(_Model):

@@ -174,17 +174,18 @@ def _difference(saved: float, value: float, found: Spread) -> Difference:
 def latency_difference(metric: str, saved: LatencySummary, new: LatencySummary) -> Difference:
     """The change of a latency, freed from how fast the machine happened to be each time.
 
-    Both candidates were timed in turn with the base model. For `latency.p50`, the saved value is
+    Both candidates were timed in turn with the base model. For a median (`p50`), the saved value is
     scaled by how much slower or faster the base model runs now; the error is that of the ratios.
 
     Raises:
-        BaselineError: timed in another way, or, for `latency.p50`, on another machine.
+        BaselineError: timed in another way, or, for a median, on another machine.
     """
+    is_median = metric.endswith("p50")
     machine: list[tuple[str, object, object]] = [
         ("threads", saved.threads, new.threads),
         ("convention", saved.convention, new.convention),
     ]
-    if metric == "latency.p50":
+    if is_median:
         machine.append(("processor", saved.processor, new.processor))
         machine.append(("cores", saved.cores, new.cores))
     for what, ours, theirs in machine:
@@ -192,10 +193,10 @@ def latency_difference(metric: str, saved: LatencySummary, new: LatencySummary) 
             raise BaselineError(
                 f"{metric} cannot be compared with the baseline: it was timed with {what} "
                 f"{ours!r}, and this run with {theirs!r}. Compare on the machine that saved it, or "
-                "hold latency.ratio, which is relative to the base model."
+                f"hold {metric.rpartition('.')[0]}.ratio, which is relative to the base model."
             )
     expected, value = saved.ratio, new.ratio
-    if metric == "latency.p50":
+    if is_median:
         expected, value = saved.p50 * new.baseline_p50 / saved.baseline_p50, new.p50
     error = math.hypot(expected * _log_error(saved), value * _log_error(new))
     return Difference(expected, value, value - expected, error, _MANY)
@@ -281,7 +282,7 @@ def has(metric: str, candidate: SavedCandidate) -> bool:
     if split_domain(metric)[0] in PAIRED:
         return candidate.sums is not None
     if metric in TIMED:
-        return candidate.latency is not None
+        return candidate.timed(metric) is not None
     return metric in candidate.measures
 
 
@@ -311,8 +312,11 @@ def _of(
     if saved.sums is not None and new.sums is not None and split_domain(metric)[0] in PAIRED:
         assert windows is not None  # A baseline with sums has them.
         return paired_difference(metric, windows, saved.sums, new.sums)
-    if saved.latency is not None and new.latency is not None and metric in TIMED:
-        return latency_difference(metric, saved.latency, new.latency)
+    if metric in TIMED:
+        before, now = saved.timed(metric), new.timed(metric)
+        assert before is not None  # Both have what is compared.
+        assert now is not None
+        return latency_difference(metric, before, now)
     if metric == "layer_error" and saved.calibration != new.calibration:
         raise BaselineError(
             "layer_error cannot be compared with the baseline: it is measured on the calibration "

@@ -21,7 +21,7 @@ from pytest_qlab.gate.baselines import (
     Windows,
     rounded,
 )
-from pytest_qlab.gate.thresholds import COUNTED, PAIRED, TIMED
+from pytest_qlab.gate.thresholds import COUNTED, PAIRED, SAMPLED, TIMED
 from pytest_qlab.machine import processor_name
 from pytest_qlab.store import content_hash
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.lab import Lab
+    from pytest_qlab.measuring.latency import Latency
+    from pytest_qlab.metrics.latency import PairedLatency
 
 PACKAGES = ("torch", "transformers")
 
@@ -73,11 +75,13 @@ def record_of(candidate: Candidate, *, evaluated: bool) -> Baseline:
     if "checkpoint" in candidate.__dict__:
         saved.quantized = candidate.checkpoint.directory.name
     for name, estimate in measured.items():
-        if name in COUNTED:
+        if name in COUNTED or name in SAMPLED:
             saved.measures[name] = rounded(estimate, VALUE_DIGITS)
         elif name in TIMED or (evaluated and name in PAIRED):
             saved.measures[name] = rounded(estimate)
-    saved.latency = _latency(candidate)
+    latencies = _latencies(candidate)
+    saved.latency = latencies.pop("", None)
+    saved.latencies = latencies
     return found
 
 
@@ -116,17 +120,25 @@ def _predictions(candidate: Candidate) -> tuple[Windows, Sums]:
     return windows, sums
 
 
-def _latency(candidate: Candidate) -> LatencySummary | None:
-    latency = candidate.__dict__.get("latency")
-    if latency is None:
-        return None
-    paired, ratio = latency.paired, latency.ratio
+def _latencies(candidate: Candidate) -> dict[str, LatencySummary]:
+    """Of the phases that were timed, by the prefix of their measures."""
+    latency: Latency | None = candidate.__dict__.get("latency")
+    timed = {} if latency is None else latency.phases()
+    return {
+        prefix: _summary(phase.measured)
+        for prefix, phase in timed.items()
+        if phase.measured is not None
+    }
+
+
+def _summary(paired: PairedLatency) -> LatencySummary:
+    ratio = paired.ratio
     return LatencySummary(
-        p50=rounded(latency.p50),
+        p50=rounded(paired.candidate.p50),
         baseline_p50=rounded(paired.baseline.p50),
         ratio=rounded(ratio),
-        ratio_lower=rounded(ratio.lower),
-        ratio_upper=rounded(ratio.upper),
+        ratio_lower=rounded(ratio.lower or 0.0),
+        ratio_upper=rounded(ratio.upper or 0.0),
         rounds=len(paired.quiet),
         threads=paired.threads,
         convention=paired.convention,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pytest_qlab.directions import direction_of, split_domain
+from pytest_qlab.directions import LATENCY_PHASES, direction_of, split_domain
 from pytest_qlab.errors import SpecError, did_you_mean
 
 PAIRED = (
@@ -28,14 +28,17 @@ COUNTED = (
     "model_bits_per_weight",
     "memory.resident",
     "memory.peak",
+    "memory.decode_peak",
     "memory.kv_per_token",
     "weights.snr_db",
     "weights.cosine",
     "layer_error",
 )
 """Compared as they are: they are counted, not sampled."""
-TIMED = ("latency.p50", "latency.ratio")
-COMPARABLE = (*PAIRED, *COUNTED, *TIMED)
+SAMPLED = ("memory.rss_peak",)
+"""Compared as they are, although they differ a little from run to run."""
+TIMED = tuple(f"latency.{phase}{name}" for phase in LATENCY_PHASES for name in ("p50", "ratio"))
+COMPARABLE = (*PAIRED, *COUNTED, *SAMPLED, *TIMED)
 _OPTION = "--qlab-compare-fail"
 
 
@@ -103,8 +106,9 @@ def _why_not(base: str) -> str:
             "needs the values of all tokens, and a baseline keeps sums per window. Use kl.mean, "
             "or hold a budget on it in a test."
         )
-    if base == "latency.p99":
-        return "moves too much from run to run to tell a change. Use latency.p50."
+    if base.startswith("latency."):
+        median = f"{base.rpartition('.')[0]}.p50"
+        return f"moves too much from run to run to tell a change. Use {median}."
     if base == "base_perplexity":
         return "is the base model's own and no candidate changes it. Use perplexity_delta."
     return f"is not kept in baselines.{did_you_mean(base, COMPARABLE)}"

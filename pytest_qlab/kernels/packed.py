@@ -48,7 +48,15 @@ class PackedModule(nn.Module):
     @property
     def materialized(self) -> bool:
         """Whether the dequantized weight is kept, on the device that the module is on."""
-        return bool(self._cache) and self._cache[0].device == self.get_buffer(self._first).device
+        if not self._cache:
+            return False
+        first = self._buffers[self._first]  # which `get_buffer` takes microseconds to find
+        return first is not None and self._cache[0].device == first.device
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is stored as numbers, not as codes."""
+        return self._format is PlainWeight
 
     def materialize(self) -> None:
         """Keep the dequantized weight for the forwards to come; it is no buffer."""

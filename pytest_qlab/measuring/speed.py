@@ -1,97 +1,62 @@
-"""Latency and memory of a candidate, measured on the model that runs its packed layers."""
+"""Time a candidate beside the base model, on the model that runs its packed layers."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
 
 from pytest_qlab.errors import MetricError, NotMeasuredError
-from pytest_qlab.estimate import Estimate
-from pytest_qlab.kernels.packed import set_materialized
+from pytest_qlab.kernels.packed import PackedModule, set_materialized
 from pytest_qlab.machine import processor_name
+from pytest_qlab.measuring.decoding import Decoding
 from pytest_qlab.measuring.runnable import dtype_name
-from pytest_qlab.metrics.latency import Clocks, LatencyQuantiles, PairedLatency, measure_pair
-from pytest_qlab.metrics.memory import (
-    MemoryUse,
-    kv_bytes_per_token,
-    peak_temporary_bytes,
-    resident_bytes,
-)
+from pytest_qlab.metrics.latency import Clocks, PairedLatency, measure_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from torch import Tensor
 
     from pytest_qlab.candidate import Candidate
-    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
-PREFILL_TOKENS = 128
 ROUNDS = 400
 MOST_SECONDS = 15.0
-LATENCY_VERSION = 3
-MEMORY_VERSION = 3
+FLOOR_ROUNDS = 100
+FLOOR_SECONDS = 5.0
+THREADS = 1
+LATENCY_VERSION = 4
 
 
-class Quantiles:
-    """Latency of one model, in seconds."""
+@dataclass(frozen=True)
+class Phase:
+    """What is timed: a prefill of `tokens`, or one token after that many (`decodes`).
 
-    def __init__(self, found: LatencyQuantiles) -> None:
-        self._found = found
-
-    @property
-    def p50(self) -> Estimate:
-        """Median."""
-        return self._found.p50
-
-    @property
-    def p99(self) -> Estimate:
-        """99th percentile.
-
-        Raises:
-            MetricError: there are too few samples to bound it.
-        """
-        if self._found.p99 is None:
-            raise MetricError(
-                f"The 99th percentile of the latency was not measured: {self._found.p99_reason}."
-            )
-        return self._found.p99
-
-
-class Latency(Quantiles):
-    """Latency of a forward pass, paired with the base model's: `p50`, `p99`, `ratio`, `baseline`.
-
-    `ratio` is the candidate's median over the base model's, from rounds that time both in turn.
+    `prefix` comes after `latency.` in the names of its measures.
     """
 
-    def __init__(self, paired: PairedLatency) -> None:
-        super().__init__(paired.candidate)
-        self.paired = paired
-        self.ratio = paired.ratio
-        self.baseline = Quantiles(paired.baseline)
+    prefix: str
+    tokens: int
+    decodes: bool = False
 
 
-class Memory:
-    """Bytes: `resident` weights, `peak` of a forward pass, `kv_per_token`."""
-
-    def __init__(self, use: MemoryUse, candidate: str, *, simulated: bool) -> None:
-        self.estimates = use.estimates(candidate, simulated=simulated)
-        self.resident = self.estimates["memory.resident"]
-        self.peak = self.estimates["memory.peak"]
-
-    @property
-    def kv_per_token(self) -> Estimate:
-        """Bytes that one token adds to the key-value cache."""
-        return self.estimates["memory.kv_per_token"]
+PREFILL = Phase("", 128)
+PHASES: Mapping[str, Phase] = {
+    "prefill": PREFILL,
+    "prefill512": Phase("prefill512.", 512),
+    "decode": Phase("decode.", 128, decodes=True),
+    "decode512": Phase("decode512.", 512, decodes=True),
+}
 
 
-def _prompt(lab: Lab, tokens: int) -> Tensor:
+def prompt(lab: Lab, tokens: int) -> Tensor:
+    """The first tokens of the evaluation text (1, n), fewer where there are no more."""
     ids: list[int] = []
     for window in lab.eval_data.windows:
         ids += window.ids[len(ids) and 1 :]
@@ -100,7 +65,8 @@ def _prompt(lab: Lab, tokens: int) -> Tensor:
     return torch.tensor([ids[:tokens]], device=lab.model.device)
 
 
-def _forward(model: Any, ids: Tensor, **options: Any) -> Callable[[], object]:
+def forward(model: Any, ids: Tensor, **options: Any) -> Callable[[], object]:
+    """A call that runs the model over tokens, without a cache, and waits for the result."""
     cuda = ids.device.type == "cuda"
 
     def run() -> object:
@@ -113,18 +79,67 @@ def _forward(model: Any, ids: Tensor, **options: Any) -> Callable[[], object]:
     return run
 
 
-def _prefill(model: Any, ids: Tensor) -> Callable[[], object]:
-    """A forward pass that ends in the logits of the next token alone, where the model can."""
-    takes = inspect.signature(model.forward).parameters
-    return _forward(model, ids, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {}))
+def last_logits_only(model: Any) -> dict[str, Any]:
+    """Options of a forward that ends in the logits of the next token, where the model can."""
+    return {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+
+
+def _takes(model: Any, option: str) -> bool:
+    return option in inspect.signature(model.forward).parameters
+
+
+def _timed_model(candidate: Candidate) -> Any:
+    """The model whose forwards are timed as the candidate's; chosen here and nowhere else."""
+    return candidate.speed_model
+
+
+def _timed_baseline(lab: Lab) -> Any:
+    """The model that candidates are timed against; chosen here and nowhere else."""
+    return lab.speed_base
 
 
 @contextmanager
-def _runner(candidate: Candidate, ids: Tensor) -> Iterator[tuple[Callable[[], object], Clocks]]:
-    """A prefill of the candidate, and clocks that count the CPU time of its engine, too."""
+def _plain_as_computed(model: Any) -> Iterator[None]:
+    """Hold weights that are stored as numbers in the dtype in which they are multiplied.
+
+    Else they would be converted in each forward, which the base model's are not. Codes stay codes.
+    """
+    set_materialized(model, False)
+    plain = [m for m in model.modules() if isinstance(m, PackedModule) and m.is_plain]
+    for module in plain:
+        module.materialize()
+    try:
+        yield
+    finally:
+        for module in plain:
+            module.release()
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """Something to time: `run`, after `prepare`, which is not timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def timed_call(model: Any, ids: Tensor, phase: Phase) -> TimedCall:
+    """A prefill of `ids`, or the step that runs the last of them after all others."""
+    options = last_logits_only(model)
+    if not phase.decodes:
+        return TimedCall(forward(model, ids, **options))
+    decoding = Decoding(model, ids, **options)
+    return TimedCall(decoding.step, decoding.restore)
+
+
+@contextmanager
+def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[TimedCall, Clocks]]:
+    """The candidate's call, and clocks that count the CPU time of its engine, too."""
     engine, here = candidate.engine(), Clocks()
     if engine is None:
-        yield _prefill(candidate.speed_model, ids), here
+        model = _timed_model(candidate)
+        with _plain_as_computed(model):
+            yield timed_call(model, ids, phase), here
         return
     tokens = ids[0].tolist()
     with engine:
@@ -132,101 +147,129 @@ def _runner(candidate: Candidate, ids: Tensor) -> Iterator[tuple[Callable[[], ob
             cpu=lambda: here.cpu() + engine.cpu_ns,
             switches=lambda: here.switches() + engine.switches,
         )
-        yield lambda: engine.prefill(tokens), clocks
+        if phase.decodes:
+            fill = partial(engine.fill, tokens[:-1])
+            yield TimedCall(partial(engine.decode, tokens[-1]), fill), clocks
+        else:
+            yield TimedCall(partial(engine.prefill, tokens)), clocks
 
 
-def measure_latency(candidate: Candidate) -> PairedLatency:
-    """Time forward passes of the candidate and of the base model, in turn, alone on this machine.
+def refuse_simulated(candidate: Candidate) -> None:
+    """Raise where the latency would be a simulation's, and the policy is not to flag that.
 
     Raises:
-        NotMeasuredError: the machine was disturbed, or the kernel is simulated and the policy is
-            to skip.
-        MetricError: the kernel is simulated and the policy is to fail.
+        NotMeasuredError: the policy is to skip. MetricError: it is to fail.
     """
-    lab = candidate.lab
-    kernels, wanted = candidate.kernels, candidate.kernels.wanted
-    if wanted and lab.simulated_latency != "flag":
+    kernels, policy = candidate.kernels, candidate.lab.simulated_latency
+    if kernels.wanted and policy != "flag":
         message = (
             f"The latency of {candidate.id} is not a claim that can be made: of its layers, "
             f"{kernels.dequantizing} dequantize before they multiply ({kernels}). It would need "
-            f"{' and '.join(wanted)}. Pass "
+            f"{' and '.join(kernels.wanted)}. Pass "
             "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
         )
-        raise (NotMeasuredError if lab.simulated_latency == "skip" else MetricError)(message)
-    threads = 1
-    parts = {
-        "quantized": lab.quantized_identity(candidate.method),
-        "evaluation": lab.evaluation.identity,
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "code": LATENCY_VERSION,
-    }
+        raise (NotMeasuredError if policy == "skip" else MetricError)(message)
+
+
+def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLatency:
+    """Time the candidate and the base model in turn, alone on this machine.
+
+    Raises:
+        NotMeasuredError: the machine was disturbed.
+        MetricError: the model cannot do what the phase asks for.
+    """
+    lab = candidate.lab
+    simulated = bool(candidate.kernels.wanted)
+    parts = {"quantized": lab.quantized_identity(candidate.method), **_conditions(lab, phase)}
 
     def compute() -> dict[str, Any]:
-        ids = _prompt(lab, lab.model.fitting(PREFILL_TOKENS))
-        lab.store.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lab.store.root / ".latency.lock"), _runner(candidate, ids) as (run, clocks):
-            lab.progress(f"{candidate.id}: latency")
+        ids = _phase_ids(lab, phase)
+        base = timed_call(_timed_baseline(lab), ids, phase)
+        with _alone(lab), _runner(candidate, ids, phase) as (call, clocks):
+            lab.progress(f"{candidate.id}: latency, {_convention(lab, ids, phase)}")
             found = measure_pair(
-                _prefill(lab.speed_base, ids),
-                run,
+                base.run,
+                call.run,
                 rounds=ROUNDS,
-                threads=threads,
+                threads=THREADS,
                 clocks=clocks,
                 max_seconds=MOST_SECONDS,
                 candidate_id=candidate.id,
-                convention=f"prefill{ids.shape[1]}-{dtype_name(lab.speed_base)}",
-                simulated=bool(wanted),
+                convention=_convention(lab, ids, phase),
+                simulated=simulated,
+                phase=phase.prefix,
+                between=lambda: (base.prepare(), call.prepare()),
             )
         lab.count_forwards(2 * len(found.rounds))
         found.usable()  # A disturbed measurement is raised over, not stored.
         return found.to_dict()
 
-    return PairedLatency.from_dict(lab.store.json("latency", parts, compute))
+    found = PairedLatency.from_dict(lab.store.json("latency", parts, compute))
+    floor, note = _floor(lab, phase)
+    return replace(found, candidate_id=candidate.id, floor=floor, floor_note=note)
 
 
-def _engine_memory(engine: Engine, ids: Tensor) -> dict[str, Any]:
-    """What a forward pass in another runtime adds to its process and its weights."""
-    engine.prefill(ids[0].tolist())
-    return {
-        "resident": engine.weight_bytes,
-        "temporary": max(0, engine.peak_memory - engine.idle_memory - engine.weight_bytes),
-        "kv_bytes_per_token": engine.kv_bytes_per_token,
-        "convention": f"{engine.name}, forward of {ids.shape[1]} tokens",
-    }
+def _floor(lab: Lab, phase: Phase) -> tuple[float | None, str]:
+    """How far from 1 the base model's ratio to itself may be, at 95 %, and that in words.
 
-
-def measure_memory(candidate: Candidate) -> Memory:
-    """Count the weights that are resident, and what one forward pass over a window adds."""
-    lab = candidate.lab
-    parts = {
-        "quantized": lab.quantized_identity(candidate.method),
-        "evaluation": lab.evaluation.identity,
-        "code": MEMORY_VERSION,
-    }
+    Timed once, in the same way as a candidate: two calls of their own, in alternating order.
+    """
 
     def compute() -> dict[str, Any]:
-        longest = max(len(window.ids) for window in lab.eval_data.windows)
-        ids = _prompt(lab, longest)
-        engine = candidate.engine()
-        if engine is not None:
-            with engine:
-                return _engine_memory(engine, ids)
-        model = candidate.model
-        set_materialized(model, False)
-        temporary = peak_temporary_bytes(_forward(model, ids), device=lab.model.device)
-        lab.count_forwards()
-        try:
-            kv = kv_bytes_per_token(model.config, next(model.parameters()).element_size())
-        except MetricError:
-            kv = None
-        return {
-            "resident": resident_bytes(model),
-            "temporary": temporary,
-            "kv_bytes_per_token": kv,
-            "convention": f"{lab.model.dtype}, forward of {ids.shape[1]} tokens",
-        }
+        ids = _phase_ids(lab, phase)
+        first, second = (timed_call(_timed_baseline(lab), ids, phase) for _ in range(2))
+        with _alone(lab):
+            lab.progress("latency of the base model beside itself")
+            found = measure_pair(
+                first.run,
+                second.run,
+                rounds=FLOOR_ROUNDS,
+                threads=THREADS,
+                max_seconds=FLOOR_SECONDS,
+                convention=_convention(lab, ids, phase),
+                phase=phase.prefix,
+                between=lambda: (first.prepare(), second.prepare()),
+            )
+        lab.count_forwards(2 * len(found.rounds))
+        found.usable()
+        return found.to_dict()
 
-    use = MemoryUse(**lab.store.json("memory", parts, compute))
-    return Memory(use, candidate.id, simulated=candidate.checkpoint.simulated)
+    try:
+        stored = lab.store.json("latency_floor", _conditions(lab, phase), compute)
+        ratio = PairedLatency.from_dict(stored).ratio
+    except NotMeasuredError:
+        return None, "the base model beside itself was disturbed, so its own ratio is not known"
+    lower, upper = ratio.lower or 0.0, ratio.upper or 0.0
+    note = f"the base model beside itself {ratio:.3f} [{lower:.3f}, {upper:.3f}]"
+    return max(abs(lower - 1), abs(upper - 1)), note
+
+
+def _conditions(lab: Lab, phase: Phase) -> dict[str, Any]:
+    """What determines a latency besides the candidate, as plain JSON types."""
+    return {
+        "base": lab.base_identity(),
+        "evaluation": lab.evaluation.identity,
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "phase": {"tokens": phase.tokens, "decodes": phase.decodes},
+        "code": LATENCY_VERSION,
+    }
+
+
+def _phase_ids(lab: Lab, phase: Phase) -> Tensor:
+    return prompt(lab, lab.model.fitting(phase.tokens + phase.decodes))
+
+
+def _convention(lab: Lab, ids: Tensor, phase: Phase) -> str:
+    """What is timed, with the dtype that both models compute in."""
+    tokens = ids.shape[1]
+    what = f"decode after {tokens - 1}" if phase.decodes else f"prefill{tokens}"
+    return f"{what}-{dtype_name(lab.speed_base)}"
+
+
+@contextmanager
+def _alone(lab: Lab) -> Iterator[None]:
+    lab.store.root.mkdir(parents=True, exist_ok=True)
+    with FileLock(lab.store.root / ".latency.lock"):
+        yield

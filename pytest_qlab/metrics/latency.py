@@ -3,8 +3,9 @@
 Absolute times move by factors with whatever else the machine does; the ratio of two things timed
 in turns moves far less. A round times both, in the order AB, then BA. The CPU time that the process
 got during a round, over the wall time, tells whether another process held its cores: such rounds
-are left out, and where they are many the measurement is repeated once and then reported as not
-made.
+are left out. Where they are many, or the process was short of CPU time over all rounds together
+(rounds far shorter than a turn of the scheduler's are rarely hit themselves), the measurement is
+repeated once and then reported as not made.
 """
 
 from __future__ import annotations
@@ -65,11 +66,17 @@ class Round:
 
 @dataclass(frozen=True)
 class LatencyQuantiles:
-    """Of one side, seconds; `p99` is None where `p99_reason` says why."""
+    """Of one side, seconds; `p90` or `p99` is None where its reason says why."""
 
     p50: Estimate
+    p90: Estimate | None
     p99: Estimate | None
+    p90_reason: str
     p99_reason: str
+
+    def known(self) -> list[Estimate]:
+        """Those that are bounded."""
+        return [each for each in (self.p50, self.p90, self.p99) if each is not None]
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,11 @@ class PairedLatency:
     The raw rounds are always there. The properties that give estimates raise
     `NotMeasuredError` if the measurement was disturbed, because such numbers must be neither passed
     nor failed.
+
+    Attributes:
+        phase: comes after `latency.` in the measures' names, such as `decode.`, or is empty.
+        floor: how far from 1 the baseline's ratio to itself may be on this machine, or None;
+            floor_note: in words, for the detail of the ratio.
     """
 
     rounds: tuple[Round, ...]
@@ -89,6 +101,9 @@ class PairedLatency:
     convention: str = ""
     simulated: bool = False
     seed: int = 0
+    phase: str = ""
+    floor: float | None = None
+    floor_note: str = ""
 
     @cached_property
     def quiet(self) -> tuple[Round, ...]:
@@ -102,8 +117,10 @@ class PairedLatency:
 
     @property
     def disturbed(self) -> bool:
-        """Whether too many rounds were disturbed for the rest to be trusted."""
-        return len(self.rounds) - len(self.quiet) > DISTURBED_ROUNDS * len(self.rounds)
+        """Whether too many rounds, or too much of their time, were disturbed to trust the rest."""
+        if len(self.rounds) - len(self.quiet) > DISTURBED_ROUNDS * len(self.rounds):
+            return True
+        return self.threads == 1 and self.cpu_share < QUIET_CPU_SHARE
 
     @property
     def cpu_share(self) -> float:
@@ -113,12 +130,12 @@ class PairedLatency:
 
     @cached_property
     def baseline(self) -> LatencyQuantiles:
-        """p50 and p99 of the baseline."""
+        """Quantiles of the baseline."""
         return self._quantiles(self.baseline_id, [r.baseline for r in self.usable()], False)
 
     @cached_property
     def candidate(self) -> LatencyQuantiles:
-        """p50 and p99 of the candidate."""
+        """Quantiles of the candidate."""
         return self._quantiles(
             self.candidate_id, [r.candidate for r in self.usable()], self.simulated
         )
@@ -134,18 +151,16 @@ class PairedLatency:
             [r.candidate for r in rounds], [r.baseline for r in rounds], seed=self.seed
         )
         return self._estimate(
-            "latency.ratio", self.candidate_id, value, lower, upper, 0.95, "", self.simulated
+            "ratio", self.candidate_id, value, lower, upper, 0.95, self.simulated, is_ratio=True
         )
 
     def estimates(self) -> dict[str, Estimate]:
-        """The candidate's latency.p50, latency.p99 (if it is bounded) and latency.ratio."""
-        found = [self.candidate.p50, self.candidate.p99, self.ratio]
-        return {each.metric: each for each in found if each is not None}
+        """The candidate's p50, p90 and p99 (where they are bounded) and ratio, by full name."""
+        return {each.metric: each for each in (*self.candidate.known(), self.ratio)}
 
     def baseline_estimates(self) -> dict[str, Estimate]:
-        """The baseline's latency.p50, and latency.p99 if it is bounded."""
-        found = [self.baseline.p50, self.baseline.p99]
-        return {each.metric: each for each in found if each is not None}
+        """The baseline's p50, and p90 and p99 where they are bounded, by full name."""
+        return {each.metric: each for each in self.baseline.known()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, raw rounds included."""
@@ -177,54 +192,61 @@ class PairedLatency:
     def _quantiles(self, who: str, samples: list[int], simulated: bool) -> LatencyQuantiles:
         seconds = [sample * _NANOSECONDS for sample in samples]
         half = sample_quantile(seconds, 0.5)
-        p50 = self._estimate(
-            "latency.p50", who, half.value, half.lower, half.upper, 0.95, "s", simulated
-        )
-        needed = samples_to_bound(0.99)
+        p50 = self._estimate("p50", who, half.value, half.lower, half.upper, 0.95, simulated)
+        p90, p90_reason = self._tail("p90", 0.9, who, seconds, simulated)
+        p99, p99_reason = self._tail("p99", 0.99, who, seconds, simulated)
+        return LatencyQuantiles(p50, p90, p99, p90_reason, p99_reason)
+
+    def _tail(
+        self, name: str, quantile: float, who: str, seconds: list[float], simulated: bool
+    ) -> tuple[Estimate | None, str]:
+        """A high quantile, or why there is none."""
+        needed = samples_to_bound(quantile)
         if len(seconds) < needed:
-            reason = (
-                f"p99 needs at least {needed} samples to be bounded from above at 95 %; there are "
-                f"{len(seconds)}"
+            return None, (
+                f"{name} needs at least {needed} samples to be bounded from above at 95 %; there "
+                f"are {len(seconds)}"
             )
-            return LatencyQuantiles(p50, None, reason)
         confidence = 0.95
-        tail = sample_quantile(seconds, 0.99, confidence)
+        tail = sample_quantile(seconds, quantile, confidence)
         if tail.upper is None:
             # Enough for 95 % on each side, not yet for 97.5 %.
             confidence = 0.9
-            tail = sample_quantile(seconds, 0.99, confidence)
-        p99 = self._estimate(
-            "latency.p99", who, tail.value, tail.lower, tail.upper, confidence, "s", simulated
-        )
-        return LatencyQuantiles(p50, p99, "")
+            tail = sample_quantile(seconds, quantile, confidence)
+        found = self._estimate(name, who, tail.value, tail.lower, tail.upper, confidence, simulated)
+        return found, ""
 
     def _estimate(
         self,
-        metric: str,
+        name: str,
         who: str,
         value: float,
         lower: float | None,
         upper: float | None,
         confidence: float,
-        unit: str,
         simulated: bool,
+        *,
+        is_ratio: bool = False,
     ) -> Estimate:
         left_out = len(self.rounds) - len(self.quiet)
+        detail = f"{len(self.quiet)} paired rounds on {self.threads} thread(s)"
+        if left_out:
+            detail += f", {left_out} disturbed ones left out"
+        if is_ratio and self.floor_note:
+            detail += f"; {self.floor_note}"
         return Estimate(
             value,
-            metric=metric,
+            metric=f"latency.{self.phase}{name}",
             candidate=who,
             lower=lower,
             upper=upper,
             confidence=confidence,
             n=len(self.quiet),
-            unit=unit,
+            floor=self.floor if is_ratio else None,
+            unit="" if is_ratio else "s",
             convention=self.convention,
             simulated=simulated,
-            detail=(
-                f"{len(self.quiet)} paired rounds on {self.threads} thread(s)"
-                f"{f', {left_out} disturbed ones left out' if left_out else ''}"
-            ),
+            detail=detail,
         )
 
 
@@ -242,6 +264,8 @@ def measure_pair(
     baseline_id: str = "baseline",
     convention: str = "",
     simulated: bool = False,
+    phase: str = "",
+    between: Callable[[], object] = lambda: None,
 ) -> PairedLatency:
     """Time two calls in alternation; once more if the first measurement was disturbed.
 
@@ -254,7 +278,8 @@ def measure_pair(
         threads: for torch to use within an operation.
         min_seconds: more rounds are run until this has passed.
         max_seconds: an attempt ends after this even with fewer rounds (never below two).
-        candidate_id, baseline_id, convention, simulated: passed on to the estimates.
+        candidate_id, baseline_id, convention, simulated, phase: passed on to the estimates.
+        between: called before each round, outside of what is timed.
 
     Raises:
         ValueError: a number is out of range.
@@ -265,16 +290,20 @@ def measure_pair(
     read = clocks or Clocks()
     with _sampling(threads):
         for number in range(warmup):
+            between()
             _round(baseline, candidate, number, read)
         for attempt in (1, 2):
             found = PairedLatency(
-                tuple(_rounds(baseline, candidate, rounds, min_seconds, max_seconds, read)),
+                tuple(
+                    _rounds(baseline, candidate, rounds, min_seconds, max_seconds, read, between)
+                ),
                 threads=threads,
                 attempts=attempt,
                 candidate_id=candidate_id,
                 baseline_id=baseline_id,
                 convention=convention,
                 simulated=simulated,
+                phase=phase,
             )
             if not found.disturbed:
                 break
@@ -306,10 +335,12 @@ def _rounds(
     min_seconds: float,
     max_seconds: float,
     read: Clocks,
+    between: Callable[[], object],
 ) -> Iterator[Round]:
     started = read.wall()
     done = 0
     while True:
+        between()
         yield _round(baseline, candidate, done, read)
         done += 1
         elapsed = (read.wall() - started) * _NANOSECONDS

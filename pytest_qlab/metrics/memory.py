@@ -134,12 +134,18 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of a model's weights, and what a forward pass adds to them at its peak."""
+    """Bytes of a model's weights, and what its forward passes add to them at their peak.
+
+    `temporary` is of a pass over many tokens, described by `convention`; `decode_temporary` of one
+    over a token after others, the key-value cache of those included.
+    """
 
     resident: int
     temporary: int
     kv_bytes_per_token: int | None = None
     convention: str = ""
+    decode_temporary: int | None = None
+    decode_convention: str = ""
 
     @property
     def peak(self) -> int:
@@ -147,37 +153,53 @@ class MemoryUse:
         return self.resident + self.temporary
 
     def estimates(self, candidate: str = "", *, simulated: bool = False) -> dict[str, Estimate]:
-        """memory.resident, memory.peak, and memory.kv_per_token where it is known; bytes."""
-        fields: dict[str, Any] = {
-            "candidate": candidate,
-            "convention": self.convention,
-            "detail": f"weights {self.resident:,} bytes, a forward pass adds {self.temporary:,}",
-        }
+        """memory.resident and .peak, and .decode_peak and .kv_per_token where known; bytes."""
+        fields: dict[str, Any] = {"candidate": candidate, "convention": self.convention}
+        weights = f"weights {self.resident:,} bytes"
         counted: dict[str, tuple[float | None, str]] = {
             "memory.resident": (self.resident, "bytes"),
             "memory.kv_per_token": (self.kv_bytes_per_token, "bytes"),
         }
+        detail = f"{weights}, a forward pass adds {self.temporary:,}"
         peak = {"memory.peak": (self.peak, "bytes")}
-        return {
-            **Estimate.exactly(counted, **fields),
-            **Estimate.exactly(peak, simulated=simulated, **fields),
+        found = {
+            **Estimate.exactly(counted, detail=detail, **fields),
+            **Estimate.exactly(peak, simulated=simulated, detail=detail, **fields),
         }
+        if self.decode_temporary is not None:
+            fields["convention"] = self.decode_convention
+            detail = f"{weights}, the cache and a step add {self.decode_temporary:,}"
+            step = {"memory.decode_peak": (self.resident + self.decode_temporary, "bytes")}
+            found |= Estimate.exactly(step, simulated=simulated, detail=detail, **fields)
+        return found
 
 
-def peak_temporary_bytes(run: Callable[[], object], *, device: str = "cpu") -> int:
-    """The most bytes that `run` has alive at once, beyond what existed before, results included."""
+def peak_temporary_bytes(
+    run: Callable[[], object],
+    *,
+    device: str = "cpu",
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
+    """The most bytes that `run` has alive at once, beyond what existed before, results included.
+
+    What `prepare` makes and leaves behind counts; how much it needs meanwhile does not.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        prepared = prepare()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
         kept = run()
         torch.cuda.synchronize(device)
         peak: int = torch.cuda.max_memory_allocated(device) - before
-        del kept
+        del kept, prepared
         return peak
     with torch.no_grad(), StorageTracker() as tracker:
+        prepared = prepare()
+        tracker.peak = tracker.live
         kept = run()
-    del kept
+    del kept, prepared
     return tracker.peak
 
 

@@ -108,8 +108,11 @@ def is_fused(module: nn.Module) -> bool:
     return named and any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
-def unfuse_experts(model: nn.Module) -> int:
+def unfuse_experts(model: nn.Module, *, check: bool = True) -> int:
     """Replace every fused experts module of `model`, in place; return how many there were.
+
+    Args:
+        check: compare outputs, which takes parameters with values.
 
     Raises:
         ModelError: the experts compute something this module does not know how to reproduce.
@@ -118,14 +121,14 @@ def unfuse_experts(model: nn.Module) -> int:
     for name in names:
         fused = model.get_submodule(name)
         try:
-            probe = _probe(fused)
+            probe = _probe(fused) if check else None
             with torch.no_grad():
-                expected = fused(*probe)
+                expected = None if probe is None else fused(*probe)
                 unfused = UnfusedExperts(fused)
-                actual = unfused(*probe)
+                same = probe is None or _close(unfused(*probe), expected)
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise _unknown(name, fused, str(error)) from error
-        if not (isinstance(expected, Tensor) and _close(actual, expected)):
+        if not same:
             raise _unknown(name, fused, "the outputs differ")
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, unfused)
@@ -189,7 +192,9 @@ def _probe(fused: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return states, chosen.to(down.device), weights
 
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
+def _close(actual: Tensor, expected: object) -> bool:
+    if not isinstance(expected, Tensor):
+        return False
     tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
     difference = (actual.float() - expected.float()).norm()
     return bool(difference <= tolerance * expected.float().norm())

@@ -108,6 +108,40 @@ def _quality(name: str, heading: str, short: str, rank: int, **more: object) -> 
     return replace(column, **more)  # type: ignore[arg-type]
 
 
+def _latency(phase: str, heading: str, short: str, what: str, rank: int) -> list[Column]:
+    """Columns of one phase; the median and the ratio are in the main table unless they rank low."""
+    main, low = rank < 20, max(23, rank)
+    column = Column("", "", "", kind="seconds", group="Memory and speed", most=2)
+    times = [
+        replace(
+            column,
+            name=f"latency.{phase}{name}",
+            heading=f"{heading} {name}",
+            short=f"{short}{name}",
+            meaning=f"{words} time of {what}",
+            primary=main and name == "p50",
+            rank=rank if name == "p50" else low,
+        )
+        for name, words in (
+            ("p50", "median"),
+            ("p90", "90th percentile of the"),
+            ("p99", "99th percentile of the"),
+        )
+    ]
+    ratio = replace(
+        column,
+        name=f"latency.{phase}ratio",
+        heading=f"{heading} ratio",
+        short=f"{short}x time",
+        meaning="time over the baseline's, measured interleaved in one process",
+        unit=TIMES,
+        kind="times",
+        primary=main,
+        rank=rank + 4,
+    )
+    return [*times, ratio]
+
+
 KNOWN: tuple[Column, ...] = (
     _quality(
         "perplexity", "Perplexity", "ppl", 3, digits=4, most=2, meaning="exp of the mean loss"
@@ -291,37 +325,31 @@ KNOWN: tuple[Column, ...] = (
         rank=13,
     ),
     Column(
-        "latency.p50",
-        "Latency p50",
-        "p50",
-        "median time of a forward pass",
-        kind="seconds",
+        "memory.decode_peak",
+        "Peak memory, decode",
+        "peak dec",
+        "highest live bytes while one token runs, the cache of the others included",
+        kind="bytes",
         group="Memory and speed",
-        most=2,
-        rank=7,
-    ),
-    Column(
-        "latency.p99",
-        "Latency p99",
-        "p99",
-        "99th percentile of the time of a forward pass",
-        kind="seconds",
-        group="Memory and speed",
-        most=2,
+        most=1,
         primary=False,
-        rank=23,
+        rank=24,
     ),
     Column(
-        "latency.ratio",
-        "Latency ratio",
-        "x time",
-        "time over the baseline's, measured interleaved in one process",
-        unit=TIMES,
-        kind="times",
+        "memory.rss_peak",
+        "Process peak",
+        "rss",
+        "most that a process has resident that loads the packed model and generates",
+        kind="bytes",
         group="Memory and speed",
-        most=2,
-        rank=11,
+        most=1,
+        primary=False,
+        rank=24,
     ),
+    *_latency("", "Latency", "", "a forward pass", 7),
+    *_latency("prefill512.", "Prefill of 512", "pre512 ", "a forward pass over 512 tokens", 27),
+    *_latency("decode.", "Decode", "dec ", "running one token after 128", 8),
+    *_latency("decode512.", "Decode after 512", "dec512 ", "running one token after 512", 28),
 )
 _BY_NAME = {column.name: column for column in KNOWN}
 

@@ -49,19 +49,24 @@ def uses_qlab(item: pytest.Item) -> bool:
 
 
 def is_exclusive(item: pytest.Item) -> bool:
-    """Whether the test must run alone: it is marked so, or its code mentions latency.
+    """Whether the test must run alone: it is marked so, or it takes time.
 
     `@pytest.mark.qlab_exclusive` and `@pytest.mark.qlab(exclusive=...)` decide. Without them, a
-    test of a candidate whose own code names `latency` or `throughput` counts as exclusive.
+    test of a candidate counts as exclusive whose own code names `latency` or `throughput`, or that
+    asks for pytest-benchmark's `benchmark`, which times nothing under xdist.
     """
     for marker in item.iter_markers("qlab"):
         if "exclusive" in marker.kwargs:
             return bool(marker.kwargs["exclusive"])
     if item.get_closest_marker("qlab_exclusive") is not None:
         return True
+    if not uses_qlab(item):
+        return False
+    if "benchmark" in getattr(item, "fixturenames", ()) and not hasattr(item.config, "workerinput"):
+        return True
     function = inspect.unwrap(getattr(item, "obj", None) or (lambda: None))
     code = getattr(function, "__code__", None)
-    return uses_qlab(item) and code is not None and not TIMED.isdisjoint(_names(code))
+    return code is not None and not TIMED.isdisjoint(_names(code))
 
 
 def _names(code: CodeType) -> Iterable[str]:

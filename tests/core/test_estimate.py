@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import pickle
 
 import pytest
@@ -89,3 +90,22 @@ def test_the_absolute_value_is_an_estimate_too() -> None:
     with observe_comparisons(seen.append):
         assert abs(below) < 0.25
     assert [(each.metric, each.value) for each in seen] == [("perplexity_delta", 0.2)]
+
+
+def ratio_of(value: float, floor: float | None = 0.02) -> Estimate:
+    return Estimate(value, metric="latency.decode.ratio", candidate="rtn", floor=floor)
+
+
+def test_chance_does_not_decide_a_ratio_of_latencies() -> None:
+    """The base model's ratio to itself may be 0.98 to 1.02."""
+    for value, budget in ((1.005, 1.01), (0.99, 1.0), (1.01, 0.995)):
+        for refused in (operator.lt, operator.le):
+            with pytest.raises(MetricError, match=r"differs from 1 by up to 0\.02.*Allow 1\.02"):
+                refused(ratio_of(value), budget)
+    assert ratio_of(1.01) < 1.03
+    assert not ratio_of(1.2) < 1.01, "clearly slower"
+    assert ratio_of(0.6) < 1.0, "clearly faster"
+    assert ratio_of(0.6) < 0.61, "a budget on a real gain"
+    assert ratio_of(1.005, floor=None) < 1.01
+    assert ratio_of(1.005) > 1.0, "nothing is bounded"
+    assert ratio_of(1.005) < ratio_of(1.006), "two estimates are no budgets of each other"

@@ -164,6 +164,7 @@ def documented_measures() -> set[str]:
 
 
 def test_every_measure_is_documented_and_no_other(tmp_path: Path) -> None:
+    from pytest_qlab.directions import LATENCY_PHASES
     from pytest_qlab.metrics.latency import PairedLatency, Round
     from tests.lab.tiny import tiny_lab
 
@@ -171,8 +172,9 @@ def test_every_measure_is_documented_and_no_other(tmp_path: Path) -> None:
     _ = candidate.kl, candidate.layers, candidate.memory, candidate.size
     measured = set(candidate.fragment().measures) | set(candidate.fidelity.estimates())
     rounds = (Round(baseline=10, candidate=10, cpu=20, wall=20, switches=0),) * 300
-    measured |= set(PairedLatency(rounds, threads=1).estimates())
-    assert documented_measures() == measured
+    for phase in LATENCY_PHASES:
+        measured |= set(PairedLatency(rounds, threads=1, phase=phase).estimates())
+    assert documented_measures() == {*measured, "memory.rss_peak"}
 
 
 def test_attributes_of_a_candidate_are_there() -> None:

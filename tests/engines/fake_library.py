@@ -202,6 +202,12 @@ def llama_memory_clear(context: Context, data: bool) -> None:
     context.tokens.clear()
 
 
+def llama_memory_seq_rm(context: Context, sequence: int, start: int, stop: int) -> bool:
+    if context.model.fields.get("forgets", True):
+        del context.tokens[start:]
+    return bool(context.model.fields.get("forgets", True))
+
+
 def llama_batch_get_one(tokens: Any, count: int) -> llama_batch:
     return llama_batch(n_tokens=count, token=tokens)
 
@@ -211,6 +217,7 @@ def llama_decode(context: Context, batch: llama_batch) -> int:
         _log[0](4, b"decode: no slot\n", None)
         return -3
     vocabulary, rows = llama_vocab_n_tokens(context.model), batch.n_tokens
+    context.model.journal(rows=rows, held=len(context.tokens))
     context.logits = (ctypes.c_float * (rows * vocabulary))()
     count = 0
     for row in range(rows):

@@ -121,6 +121,28 @@ def test_prefill_takes_prompts_longer_than_a_batch(fake_model: WriteModel) -> No
         assert torch.cat(list(engine.logits(tokens(20), 0))).shape == (19, 6)
 
 
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_token_runs_after_those_that_fill_the_cache(
+    fake_model: WriteModel, forgets: bool
+) -> None:
+    """Filled again, the cache forgets that token; where it cannot, it is filled from the start."""
+    path = fake_model(forgets=forgets)
+    with LlamaCppEngine(path) as engine:
+        with pytest.raises(EngineError, match="the cache is not filled"):
+            engine.decode(7)
+        for ids in (tokens(256), tokens(256), tokens(40)):
+            engine.fill(ids)
+            engine.decode(7)
+        engine.prefill(tokens(5))
+        with pytest.raises(EngineError, match="the cache is not filled"):
+            engine.decode(7)
+    runs = [(entry["rows"], entry["held"]) for entry in journal(path) if "rows" in entry]
+    again = [] if forgets else [(256, 0)]
+    assert runs == [(256, 0), (1, 256), *again, (1, 256), (40, 0), (1, 40), (5, 0)]
+    (context,) = (entry["context"] for entry in journal(path) if "context" in entry)
+    assert context["n_ctx"] >= 257
+
+
 def test_counters_grow_and_memory_is_the_childs_own(fake_model: WriteModel) -> None:
     with LlamaCppEngine(fake_model()) as engine:
         before = engine.cpu_ns

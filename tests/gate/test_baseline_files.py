@@ -68,6 +68,7 @@ def baselines(draw: st.DrawFn) -> Baseline:
             measures=draw(st.dictionaries(TEXT, FINITE)),
             sums=sums if draw(st.booleans()) else None,
             latency=latency() if draw(st.booleans()) else None,
+            latencies={"decode.": latency()} if draw(st.booleans()) else {},
         )
 
     def latency() -> LatencySummary:

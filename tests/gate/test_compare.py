@@ -19,7 +19,12 @@ from pytest_qlab.gate.baselines import (
     Sums,
     Windows,
 )
-from pytest_qlab.gate.compare import changes, latency_difference, paired_difference
+from pytest_qlab.gate.compare import (
+    changes,
+    check_saved,
+    latency_difference,
+    paired_difference,
+)
 from pytest_qlab.gate.thresholds import PAIRED, parse_thresholds
 from pytest_qlab.results import Change
 from pytest_qlab.stats.decisions import bounds
@@ -405,3 +410,25 @@ def test_times_of_other_machines_are_not_compared(changed: dict[str, Any], ratio
             latency_difference("latency.ratio", saved, new)
     else:
         assert latency_difference("latency.ratio", saved, new).difference == 0
+
+
+def test_each_phase_is_compared_with_its_own() -> None:
+    """Prefill is 10 % slower than it was, decoding 30 % faster, and nothing else was timed."""
+    text, (model, _) = draw(1, (0.03, 0.03))
+    saved, new = baseline_of(text, model), baseline_of(text, model)
+    for each, prefill, decode in ((saved, 0.010, 0.010), (new, 0.011, 0.007)):
+        each.candidates["c0"].latency = timed(prefill, 0.010)
+        each.candidates["c0"].latencies = {"decode.": timed(decode, 0.010, convention="decode")}
+    found = judged(saved, new, "latency.ratio:5%", "latency.decode.p50:5%")
+    assert found["latency.ratio"].outcome == "fail"
+    assert found["latency.ratio"].difference == pytest.approx(0.1)
+    assert found["latency.decode.p50"].outcome == "pass"
+    assert found["latency.decode.p50"].difference == pytest.approx(-0.003)
+    assert {name for name in found if name.startswith("latency.")} == {
+        f"latency.{phase}{name}" for phase in ("", "decode.") for name in ("p50", "ratio")
+    }
+    with pytest.raises(BaselineError, match=r"has no latency\.decode512\.ratio of c0"):
+        check_saved("v1", "c0", saved, "latency.decode512.ratio")
+    other = timed(0.007, 0.010, processor="Q")
+    with pytest.raises(BaselineError, match=r"hold latency\.decode\.ratio"):
+        latency_difference("latency.decode.p50", timed(0.010, 0.010), other)

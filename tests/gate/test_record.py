@@ -6,18 +6,19 @@ import getpass
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pytest_qlab import Document, Lab
-from pytest_qlab.directions import split_domain
+from pytest_qlab.directions import LATENCY_PHASES, split_domain
 from pytest_qlab.gate.baselines import Baseline
 from pytest_qlab.gate.compare import changes, paired_difference
 from pytest_qlab.gate.record import record_of
 from pytest_qlab.gate.thresholds import PAIRED, parse_thresholds
 from pytest_qlab.machine import processor_name
-from pytest_qlab.measuring.speed import Latency
 from pytest_qlab.metrics.latency import PairedLatency, Round
 from tests.lab.tiny import documents, tiny_lab
 
@@ -112,9 +113,17 @@ def test_a_latency_is_saved_where_one_was_measured(tmp_path: Path) -> None:
     plain = Round(baseline=1000, candidate=2000, cpu=3000, wall=3000, switches=0)
     slow = Round(baseline=9000, candidate=9000, cpu=18000, wall=18000, switches=0)
     paired = PairedLatency((*[plain] * 299, slow), threads=1, convention="prefill32")
-    candidate.__dict__["latency"] = Latency(paired)
-    found = record_of(candidate, evaluated=False).candidates["rtn-w4g128"].latency
+    timed = {"": paired, "decode.": replace(paired, convention="decode after 31")}
+    measured = {prefix: SimpleNamespace(measured=timed.get(prefix)) for prefix in LATENCY_PHASES}
+    candidate.__dict__["latency"] = SimpleNamespace(phases=lambda: measured)
+    saved = record_of(candidate, evaluated=False).candidates["rtn-w4g128"]
+    assert saved.latencies.keys() == {"decode."}
+    assert saved.timed("latency.decode.p50") == saved.latencies["decode."]
+    assert saved.latencies["decode."].convention == "decode after 31"
+    assert saved.timed("latency.decode512.ratio") is None
+    found = saved.latency
     assert found is not None
+    assert saved.timed("latency.ratio") is found
     assert (found.p50, found.baseline_p50, found.ratio) == pytest.approx((2e-6, 1e-6, 2))
     assert found.ratio_lower <= 2 <= found.ratio_upper
     assert (found.rounds, found.threads, found.convention) == (300, 1, "prefill32")

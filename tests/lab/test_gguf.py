@@ -140,6 +140,12 @@ class Recording:
         with torch.no_grad():
             self.model(input_ids=torch.tensor([list(ids)]))
 
+    def fill(self, ids: Sequence[int]) -> None:
+        self.filled = list(ids)
+
+    def decode(self, token: int) -> None:
+        self.prefill([*self.filled, token])
+
     def close(self) -> None:
         self.opened.pop()
 
@@ -208,9 +214,14 @@ def test_latency_and_memory_are_the_engines(
     candidate = elsewhere.candidate(Elsewhere(type="Q4_0"))
     assert candidate.latency.p50 > 0
     assert not candidate.latency.p50.simulated
+    assert candidate.latency.decode.p50 > 0
+    assert candidate.latency.decode.ratio.convention.startswith("decode after ")
     assert candidate.memory.resident == 2000
     assert candidate.memory.peak == 5000
     assert candidate.memory.kv_per_token == 10
+    assert candidate.memory.rss_peak == 9000
+    with pytest.raises(MetricError, match=r"decode_peak .* engine that runs it"):
+        candidate.memory.decode_peak  # noqa: B018
     assert not candidate.memory.peak.simulated
     assert Recording.opened == []
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,8 +79,13 @@ def test_quantiles_and_ratio_are_those_of_the_samples() -> None:
     assert found.baseline.p99.confidence == 0.95
     assert [float(found.ratio), found.ratio.lower, found.ratio.upper] == pytest.approx([0.5] * 3)
     candidate, baseline = found.estimates(), found.baseline_estimates()
-    assert candidate.keys() == {"latency.p50", "latency.p99", "latency.ratio"}
-    assert baseline.keys() == {"latency.p50", "latency.p99"}
+    assert candidate.keys() == {"latency.p50", "latency.p90", "latency.p99", "latency.ratio"}
+    assert baseline.keys() == {"latency.p50", "latency.p90", "latency.p99"}
+    assert found.baseline.p90 is not None
+    assert float(found.baseline.p90) == pytest.approx(0.360)
+    # Order statistics of Binomial(400, 0.9), whose standard deviation is 6: ranks 348 and 372.
+    assert found.baseline.p90.lower == pytest.approx(0.348)
+    assert found.baseline.p90.upper == pytest.approx(0.372)
     assert candidate["latency.p50"].candidate == "rtn"
     assert candidate["latency.p50"].simulated
     assert candidate["latency.p50"].unit == "s"
@@ -121,6 +127,65 @@ def test_p99_takes_enough_samples_to_bound_it(rounds: int, confidence: float | N
         assert found.candidate.p99.confidence == confidence
         assert found.candidate.p99.upper == pytest.approx(0.015)
         assert found.candidate.p99_reason == ""
+
+
+@pytest.mark.parametrize(("rounds", "confidence"), [(28, None), (30, 0.90), (34, 0.90), (36, 0.95)])
+def test_p90_takes_enough_samples_to_bound_it(rounds: int, confidence: float | None) -> None:
+    """0.9^28 is 0.052, 0.9^29 is 0.047, 0.9^36 is 0.023."""
+    found = fixed(Machine(), rounds)
+    if confidence is None:
+        assert found.candidate.p90 is None
+        assert "p90 needs at least 29 samples" in found.candidate.p90_reason
+        assert "there are 28" in found.candidate.p90_reason
+        assert found.estimates().keys() == {"latency.p50", "latency.ratio"}
+    else:
+        assert found.candidate.p90 is not None
+        assert found.candidate.p90.confidence == confidence
+        assert found.candidate.p90.upper == pytest.approx(0.015)
+
+
+def test_measures_are_named_after_their_phase() -> None:
+    machine = Machine()
+    found = measure_pair(
+        machine.work("a", lambda k: 10.0),
+        machine.work("b", lambda k: 15.0),
+        rounds=40,
+        phase="decode.",
+        clocks=machine.clocks(),
+    )
+    assert found.estimates().keys() == {
+        "latency.decode.p50",
+        "latency.decode.p90",
+        "latency.decode.ratio",
+    }
+    assert found.baseline_estimates().keys() == {"latency.decode.p50", "latency.decode.p90"}
+
+
+def test_what_comes_between_rounds_is_not_timed() -> None:
+    machine = Machine()
+    measure = machine.work("between", lambda k: 1000.0)
+    found = measure_pair(
+        machine.work("a", lambda k: 10.0),
+        machine.work("b", lambda k: 15.0),
+        rounds=4,
+        warmup=2,
+        clocks=machine.clocks(),
+        between=measure,
+    )
+    assert machine.calls == [
+        *["between", "a", "b", "between", "b", "a"],
+        *["between", "a", "b", "between", "b", "a"] * 2,
+    ]
+    assert {each.wall for each in found.rounds} == {25 * MILLISECOND}
+    assert float(found.ratio) == pytest.approx(1.5)
+
+
+def test_the_floor_goes_with_the_ratio_alone() -> None:
+    found = replace(fixed(Machine(), 40), floor=0.02, floor_note="itself 1.01 [0.99, 1.02]")
+    assert found.ratio.floor == 0.02
+    assert found.ratio.detail.endswith("; itself 1.01 [0.99, 1.02]")
+    assert found.candidate.p50.floor is None
+    assert PairedLatency.from_dict(found.to_dict()) == found
 
 
 def test_sampling_goes_on_for_the_least_time_and_ends_after_the_most() -> None:
@@ -166,6 +231,34 @@ def test_a_few_disturbed_rounds_are_left_out_of_both_sides() -> None:
         assert side.p99 is not None
         assert side.p99.upper == pytest.approx(seconds)
     assert "2 disturbed ones left out" in found.ratio.detail
+
+
+def test_rounds_too_short_to_be_hit_often_are_disturbed_by_what_they_lost_together() -> None:
+    """A hog takes every other 4 ms of the core: one round of 0.2 ms in 20 holds its turn."""
+    machine = Machine()
+
+    def work() -> None:
+        machine.now += MILLISECOND // 10
+        machine.cpu += MILLISECOND / 10
+        if machine.cpu % (4 * MILLISECOND) == 0:
+            machine.now += 4 * MILLISECOND
+            machine.preempted += 1
+
+    found = measure_pair(work, work, rounds=400, warmup=0, clocks=machine.clocks())
+    assert len(found.quiet) == 380
+    assert found.cpu_share == pytest.approx(0.5)
+    assert found.disturbed
+    with pytest.raises(NotMeasuredError, match="got 50%"):
+        found.ratio  # noqa: B018
+
+
+def test_a_rare_short_interruption_is_no_disturbance() -> None:
+    """One round in 50 loses a tenth of a second's thousandth part; another is hit hard, once."""
+    quiet = Round(baseline=10_000, candidate=15_000, cpu=24_900, wall=25_100, switches=0)
+    hit = Round(baseline=10_000, candidate=60_000, cpu=25_000, wall=70_000, switches=1)
+    found = PairedLatency((*[quiet] * 98, hit, hit), threads=1)
+    assert not found.disturbed
+    assert len(found.quiet) == 98
 
 
 def test_with_several_threads_idle_cores_alone_are_no_disturbance() -> None:

@@ -245,3 +245,19 @@ def test_the_text_part_of_a_configuration_counts() -> None:
 def test_a_configuration_without_heads_is_refused() -> None:
     with pytest.raises(MetricError, match="names no number of layers"):
         kv_bytes_per_token(SimpleNamespace(num_hidden_layers=3), 2)
+
+
+def test_what_was_prepared_counts_as_long_as_it_lives() -> None:
+    kept: list[Tensor] = []
+
+    def prepare() -> None:
+        chain_that_keeps()  # 20,000 bytes, all gone again
+        kept.append(X @ W)  # 4,000 that stay
+
+    def run() -> Tensor:
+        grown = torch.cat([kept[0], X])  # 8,000 beside the 4,000 that it takes the place of
+        kept[0] = grown
+        return grown[:1] @ W  # 400 beside the 8,000
+
+    assert peak_temporary_bytes(run, prepare=prepare) == 12_000
+    assert peak_temporary_bytes(lambda: X @ W, prepare=lambda: chain_that_keeps()) == 24_000

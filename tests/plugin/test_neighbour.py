@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.plugin.fakes import QUALITY, add_to_conftest
@@ -105,3 +107,47 @@ def baseline(qlab):
     )
     result = project.runpytest_subprocess("--qlab-methods=alpha", "-p", "no:xdist")
     result.assert_outcomes(failed=1, passed=1)
+
+
+BENCHMARKED = """
+import pytest
+
+def test_model(benchmark, quantized):
+    assert benchmark(quantized.model, [1, 2]) == 2
+
+def test_measure(quantized):
+    assert quantized.perplexity_delta < 0.1
+"""
+
+
+@pytest.fixture
+def benchmarked(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project that hands a candidate's model to pytest-benchmark; the model counts tokens."""
+    pytest.importorskip("pytest_benchmark")
+    add_to_conftest(project, "FakeCandidate.model = property(lambda candidate: len)")
+    project.makepyfile(BENCHMARKED)
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_qlab.plugin,xdist.plugin,pytest_benchmark.plugin")
+    return project
+
+
+@pytest.mark.parametrize("workers", [[], ["-n0"]])
+def test_pytest_benchmark_times_a_candidates_model(
+    benchmarked: pytest.Pytester, workers: list[str]
+) -> None:
+    result = benchmarked.runpytest_subprocess(
+        "--qlab-methods=alpha,beta:bits=2",
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=2",
+        "--benchmark-json=out.json",
+        *workers,
+    )
+    result.assert_outcomes(passed=4)
+    timed = json.loads((benchmarked.path / "out.json").read_text(encoding="utf-8"))["benchmarks"]
+    assert {each["param"] for each in timed} == {"alpha-w4", "beta-w2"}
+    assert min(each["stats"]["rounds"] for each in timed) >= 2
+
+
+def test_pytest_benchmark_only_calls_the_model_under_xdist(benchmarked: pytest.Pytester) -> None:
+    result = benchmarked.runpytest_subprocess("--qlab-methods=alpha", "-n2", "-W", "ignore")
+    result.assert_outcomes(passed=2)
+    result.stdout.no_fnmatch_line("*OPS*")

@@ -67,6 +67,9 @@ def test_inner(quantized): assert all(c.throughput > 1 for c in [quantized])
 def test_quality(quantized): assert quantized.perplexity_delta < 1
 def test_unrelated(): latency = 3; print(latency)
 def test_words(): print(int.latency)
+def test_phase(quantized): assert quantized.latency.decode.p99 < 0.05
+def test_named(quantized, benchmark): benchmark(quantized.model)
+def test_stranger(benchmark): benchmark(len, "")
 
 @pytest.mark.qlab_exclusive
 def test_marked(): pass
@@ -88,7 +91,12 @@ class TestClass:
 def test_exclusive_tests_are_recognised(pytester: pytest.Pytester) -> None:
     items: list[Any] = pytester.getitems(EXCLUSIVE)
     found = {item.originalname for item in items if is_exclusive(item)}
-    assert found == {"test_fast", "test_inner", "test_marked", "test_method"}
+    timed = {"test_fast", "test_inner", "test_method", "test_phase"}
+    assert found == {*timed, "test_marked", "test_named"}
+    for item in items:
+        item.config.workerinput = {}  # Under xdist, pytest-benchmark times nothing.
+    found = {item.originalname for item in items if is_exclusive(item)}
+    assert found == {*timed, "test_marked"}
 
 
 def test_the_plan_groups_tests_by_candidate(pytester: pytest.Pytester) -> None:

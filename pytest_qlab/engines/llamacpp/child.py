@@ -57,6 +57,7 @@ class Model:
         self._repacked: bool | None = None
         self._exact: bool | None = None
         self._cells = 0
+        self._held = b""  # the tokens that `fill` has put into the cache
         self._load(repacked=False)
 
     def close(self) -> None:
@@ -112,11 +113,29 @@ class Model:
             values = memoryview(array).cast("B")
             yield stop - start - skipped, values[4 * columns * skipped :]
 
-    def prefill(self, ids: memoryview) -> None:
+    def fill(self, ids: memoryview) -> None:
+        """Have the cache hold these tokens, with room for one more."""
+        if self._held == bytes(ids):
+            memory = self.api.llama_get_memory(self._context)
+            if self.api.llama_memory_seq_rm(memory, 0, len(ids) // 4, -1):
+                return
+        self.prefill(ids, room=1)
+        self._held = bytes(ids)
+
+    def decode(self, token: memoryview) -> None:
+        """Run one token after those of `fill` up to the logits after it."""
+        if not self._held:
+            raise Refused("the cache is not filled")
+        one = (ctypes.c_int32 * 1).from_buffer_copy(token)
+        self._decode(self.api.llama_batch_get_one(one, 1))
+        if not self.api.llama_get_logits_ith(self._context, -1):
+            raise Refused("llama_get_logits_ith gave nothing")
+
+    def prefill(self, ids: memoryview, room: int = 0) -> None:
         """Run tokens from an empty cache up to the logits after the last."""
         api, total = self.api, len(ids) // 4
         batch = api.llama_context_default_params().n_batch
-        context = self._ready(exact=False, tokens=total, batch=batch)
+        context = self._ready(exact=False, tokens=total + room, batch=batch)
         api.llama_memory_clear(api.llama_get_memory(context), False)
         tokens = (ctypes.c_int32 * total).from_buffer_copy(ids)
         for start in range(0, total, batch):
@@ -131,6 +150,7 @@ class Model:
             raise Refused(f"llama_decode returned {status}")
 
     def _ready(self, *, exact: bool, tokens: int, batch: int) -> Any:
+        self._held = b""
         self._load(repacked=self.repack and not exact)
         if self._context is None or exact is not self._exact or tokens > self._cells:
             self._drop_context()
@@ -196,6 +216,8 @@ class Program:
             "open": self.open,
             "logits": self.logits,
             "prefill": self.prefill,
+            "fill": self.fill,
+            "decode": self.decode,
             "memory": self.memory,
         }
 
@@ -252,6 +274,16 @@ class Program:
     def prefill(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
         assert self.model is not None
         self.model.prefill(payload)
+        yield {}, NOTHING
+
+    def fill(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+        assert self.model is not None
+        self.model.fill(payload)
+        yield {}, NOTHING
+
+    def decode(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+        assert self.model is not None
+        self.model.decode(payload)
         yield {}, NOTHING
 
     def memory(self, request: Fields, payload: memoryview) -> Iterator[Answer]:

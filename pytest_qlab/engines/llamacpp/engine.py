@@ -165,6 +165,32 @@ class LlamaCppEngine:
             tokens = array("i", ids).tobytes()
             self._child.ask(what, {"do": "prefill"}, tokens, seconds=self._seconds(len(ids)))
 
+    def fill(self, ids: Sequence[int]) -> None:
+        """Make the cache hold `ids`, run as `prefill` does; what it holds of them stays.
+
+        Raises:
+            EngineError: as of `logits`, or no token fits behind them.
+        """
+        self._check([*ids, ids[-1]])
+        what = f"running {len(ids)} tokens"
+        with self._my_turn():
+            tokens = array("i", ids).tobytes()
+            self._child.ask(what, {"do": "fill"}, tokens, seconds=self._seconds(len(ids)))
+
+    def decode(self, token: int) -> None:
+        """Run one more token after those of `fill`, as llama.cpp does by default; for timing.
+
+        Raises:
+            EngineError: the cache was not filled, or llama.cpp fails.
+        """
+        with self._my_turn():
+            self._child.ask(
+                "running a token",
+                {"do": "decode"},
+                array("i", [token]).tobytes(),
+                seconds=self._seconds(1),
+            )
+
     def close(self) -> None:
         """End the child process; a second call does nothing."""
         self._child.close()

@@ -1,0 +1,262 @@
+"""Memory of a candidate: its weights, what forward passes add, and what a process needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qlab.errors import MetricError, did_you_mean
+from pytest_qlab.estimate import Estimate
+from pytest_qlab.kernels.packed import set_materialized
+from pytest_qlab.measuring.decoding import Decoding
+from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
+from pytest_qlab.metrics.memory import (
+    MemoryUse,
+    kv_bytes_per_token,
+    peak_temporary_bytes,
+    resident_bytes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.candidate import Candidate
+    from pytest_qlab.engines.base import Engine
+
+MEMORY_VERSION = 4
+PROCESS_VERSION = 1
+PROMPT_TOKENS = 128
+NEW_TOKENS = 8
+CHILD_SECONDS = 1800.0
+_NAMES = ("resident", "peak", "decode_peak", "rss_peak", "kv_per_token")
+
+
+class Memory:
+    """Bytes; `rss_peak` is measured when it is first read, all others at once."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+        self._counted = measure_memory(candidate)
+        self._process: Estimate | None = None
+        candidate.note(self._counted)
+
+    @property
+    def resident(self) -> Estimate:
+        """Weights and buffers in memory."""
+        return self._count("resident")
+
+    @property
+    def peak(self) -> Estimate:
+        """Weights, and the most that a forward pass over the longest window has alive at once."""
+        return self._count("peak")
+
+    @property
+    def decode_peak(self) -> Estimate:
+        """Weights, a filled key-value cache, and the most that running one more token adds.
+
+        Raises:
+            MetricError: the model keeps no cache, or an engine does not tell.
+        """
+        return self._count("decode_peak")
+
+    @property
+    def kv_per_token(self) -> Estimate:
+        """Bytes that one token adds to the key-value cache.
+
+        Raises:
+            MetricError: the configuration does not tell.
+        """
+        return self._count("kv_per_token")
+
+    @property
+    def rss_peak(self) -> Estimate:
+        """The most that a fresh process has resident that loads the packed model and generates.
+
+        Raises:
+            MetricError: the process failed, or the system does not tell.
+        """
+        if self._process is None:
+            self._process = measure_process(self._candidate)
+            self._candidate.note({self._process.metric: self._process})
+        return self._process
+
+    def named(self, metric: str) -> Estimate:
+        """A measure by its full name, such as `memory.peak`.
+
+        Raises:
+            MetricError: there is none of that name, or it is not defined for the model.
+        """
+        name = metric.removeprefix("memory.")
+        if name not in _NAMES:
+            known = [f"memory.{each}" for each in _NAMES]
+            raise MetricError(f"There is no measure {metric!r}.{did_you_mean(metric, known)}")
+        found: Estimate = getattr(self, name)
+        return found
+
+    def _count(self, name: str) -> Estimate:
+        found = self._counted.get(f"memory.{name}")
+        if found is None:
+            raise MetricError(
+                f"memory.{name} of {self._candidate.id} is not defined for this model: its "
+                "configuration, or the engine that runs it, does not tell."
+            )
+        return found
+
+
+def measure_memory(candidate: Candidate) -> dict[str, Estimate]:
+    """Count the weights that are resident, and what forward passes add to them, by full name."""
+    lab = candidate.lab
+    parts = {
+        "quantized": lab.quantized_identity(candidate.method),
+        "evaluation": lab.evaluation.identity,
+        "code": MEMORY_VERSION,
+    }
+
+    def compute() -> dict[str, Any]:
+        longest = max(len(window.ids) for window in lab.eval_data.windows)
+        ids = prompt(lab, longest)
+        engine = candidate.engine()
+        if engine is not None:
+            with engine:
+                return _engine_memory(engine, ids)
+        model, device = candidate.model, lab.model.device
+        set_materialized(model, False)
+        found = MemoryUse(
+            resident=resident_bytes(model),
+            temporary=peak_temporary_bytes(forward(model, ids), device=device),
+            convention=f"{lab.model.dtype}, forward of {ids.shape[1]} tokens",
+            kv_bytes_per_token=_kv_bytes(model),
+            decode_temporary=_decode_bytes(model, ids, device),
+            decode_convention=f"{lab.model.dtype}, decode after {ids.shape[1] - 1} tokens",
+        )
+        lab.count_forwards(3)
+        return vars(found)
+
+    use = MemoryUse(**lab.store.json("memory", parts, compute))
+    return use.estimates(candidate.id, simulated=candidate.checkpoint.simulated)
+
+
+def _kv_bytes(model: Any) -> int | None:
+    try:
+        return kv_bytes_per_token(model.config, next(model.parameters()).element_size())
+    except MetricError:
+        return None
+
+
+def _decode_bytes(model: Any, ids: Tensor, device: str) -> int | None:
+    """What the cache of all tokens but the last, and the step that runs that, hold at once."""
+    decoding: list[Decoding] = []
+
+    def fill() -> None:
+        decoding.append(Decoding(model, ids, **last_logits_only(model)))
+
+    def step() -> object:
+        return decoding[0].last_step()
+
+    try:
+        return peak_temporary_bytes(step, device=device, prepare=fill)
+    except MetricError:
+        return None
+
+
+def _engine_memory(engine: Engine, ids: Tensor) -> dict[str, Any]:
+    """What a forward pass in another runtime adds to its process and its weights."""
+    engine.prefill(ids[0].tolist())
+    return {
+        "resident": engine.weight_bytes,
+        "temporary": max(0, engine.peak_memory - engine.idle_memory - engine.weight_bytes),
+        "kv_bytes_per_token": engine.kv_bytes_per_token,
+        "convention": f"{engine.name}, forward of {ids.shape[1]} tokens",
+    }
+
+
+def measure_process(candidate: Candidate) -> Estimate:
+    """`memory.rss_peak`: of a child process that loads the packed model and generates greedily.
+
+    Raises:
+        MetricError: the process failed, or the system does not tell.
+    """
+    lab = candidate.lab
+    parts = {
+        "quantized": lab.quantized_identity(candidate.method),
+        "evaluation": lab.evaluation.identity,
+        "tokens": [PROMPT_TOKENS, NEW_TOKENS],
+        "code": PROCESS_VERSION,
+    }
+
+    def compute() -> dict[str, Any]:
+        lab.progress(f"{candidate.id}: memory of a process")
+        ids = prompt(lab, max(1, lab.model.fitting(PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS))
+        engine = candidate.engine()
+        if engine is not None:
+            with engine:
+                engine.prefill(ids[0].tolist())
+                return {
+                    "peak": engine.peak_memory,
+                    "idle": engine.idle_memory,
+                    "convention": f"{engine.name}, prompt of {ids.shape[1]}",
+                }
+        found = _in_a_child(candidate, ids[0].tolist())
+        convention = f"{lab.model.dtype}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
+        return {**found, "convention": convention}
+
+    found = lab.store.json("process_memory", parts, compute)
+    return Estimate(
+        found["peak"],
+        metric="memory.rss_peak",
+        candidate=candidate.id,
+        unit="bytes",
+        convention=found["convention"],
+        simulated=candidate.checkpoint.simulated,
+        detail=f"{found['idle']:,} bytes of it before the model was loaded",
+    )
+
+
+def _in_a_child(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
+    lab = candidate.lab
+    with tempfile.TemporaryDirectory(prefix="qlab-") as directory:
+        lab.base_model.config.save_pretrained(directory)
+        job = {
+            "checkpoint": str(candidate.checkpoint.directory),
+            "config": directory,
+            "dtype": lab.model.dtype,
+            "device": lab.model.device,
+            "ids": ids,
+            "new": NEW_TOKENS,
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest_qlab.measuring.generating"],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=CHILD_SECONDS,
+                cwd=Path(directory),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise MetricError(
+                f"memory.rss_peak of {candidate.id} was not measured, because the process that "
+                f"was to load the model did not come to an end: {error}."
+            ) from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        words = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise MetricError(
+            f"memory.rss_peak of {candidate.id} was not measured, because the process that was to "
+            f"load the packed model by itself failed: {words}. Hold memory.resident and "
+            "memory.peak, which are counted in this process."
+        )
+    found: dict[str, Any] = json.loads(lines[-1])
+    if not found["peak"]:
+        raise MetricError(
+            "memory.rss_peak was not measured: this system does not say how much memory a process "
+            "had at most. Hold memory.peak."
+        )
+    return found
