@@ -183,13 +183,10 @@ class _Solver:
         )
         rows = [len(weight) for weight in weights]
         solutions = []
-        for part, grid_part, loss in zip(
-            whole.codes.split(rows),
-            zip(whole.grid.scale.split(rows), whole.grid.zero.split(rows), strict=True),
-            losses.split(rows),
-            strict=True,
+        for codes, scale, zero, loss in zip(
+            *(torch.split(each, rows) for each in (whole.codes, *whole.grid, losses)), strict=True
         ):
-            found = replace(whole, codes=part, grid=Grid(*grid_part))
+            found = replace(whole, codes=codes, grid=Grid(scale, zero))
             solutions.append(GptqSolution(found, 0.5 * float(loss.sum()), self.damp_percent))
         return solutions
 
