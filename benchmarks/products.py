@@ -38,10 +38,10 @@ NOTES = [
     "The products run alone, on as many threads, on tensors of the same shapes. They are:",
     "- a forward pass: every matrix product and every attention that the blocks run for one "
     "sequence, recorded from the model, times the sequences;\n"
-    "- calibration: one forward pass, and the Gram matrix of every input of linears: half of a full "
+    "- calibration: one forward pass; the Gram matrix of every input of linears: half of a full "
     "product, since it is symmetric;\n"
     "- gptq: two forward passes, the first without what comes after the last input of each block, "
-    "the second without the last block; the Gram matrices; one Cholesky factorization for each; the "
+    "the second without the last block; Gram matrices; one Cholesky factorization for each; the "
     "updates of all later columns: half of a product of the Gram matrix with the weight;\n"
     "- awq: calibration; for each of the 20 scales of inputs that can be scaled, the error through "
     "the Gram matrix: half of a product with the weight; for each of the 10 clipping limits, the "

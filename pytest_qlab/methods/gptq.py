@@ -106,7 +106,7 @@ class Gptq(Method):
         except NotPositiveDefiniteError as error:
             raise MethodError(
                 f"GPTQ cannot solve {' and '.join(weights) or 'a layer'}: the Gram matrix of "
-                f"{known.tokens} calibration inputs is not positive definite, however it is damped. "
-                "Calibrate on more text, or leave the layer to another method."
+                f"{known.tokens} calibration inputs is not positive definite, however it is "
+                "damped. Calibrate on more text, or leave the layer to another method."
             ) from error
         return [QuantizedLayer(solution.quantized.pack()) for solution in solutions]
