@@ -71,11 +71,11 @@ class Products:
     search: list[Task] = field(default_factory=list)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every matrix product with its tensors, to be run again."""
 
     def __init__(self, found: list[Task]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
 
     def __torch_dispatch__(
