@@ -15,6 +15,7 @@ from benchmarks.disturbance import benchmark_disturbance
 from benchmarks.ggml import benchmark_ggml
 from benchmarks.kernels import benchmark_kernels
 from benchmarks.peers import PeerError
+from benchmarks.products import benchmark_products
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
 from benchmarks.serial import benchmark_serial
@@ -27,6 +28,7 @@ from pytest_qlab.specs import DEFAULT_SPECS
 PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "gptq": partial(benchmark_quantizer, "gptq"),
     "awq": partial(benchmark_quantizer, "awq"),
+    "products": benchmark_products,
     "suite": benchmark_suite,
     "store": benchmark_store,
     "workers": benchmark_workers,

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.settings import Settings
 
-QUANTIZED_VERSION = 3
-STATISTICS_VERSION = 2
+QUANTIZED_VERSION = 4
+STATISTICS_VERSION = 3
 LARGE_GRAM_BYTES = 2**30
 
 

@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+STRIPS, SMALLEST_STRIP = 8, 96
+
 
 @dataclass
 class LayerStatistics:
@@ -78,7 +80,12 @@ class LayerStatistics:
 
 
 class Accumulator:
-    """Adds up `LayerStatistics` over batches of inputs, one after the other, in float32."""
+    """Adds up `LayerStatistics` over batches of inputs, one after the other.
+
+    Sums are float32 within a batch; over batches, those of channels are float64. The Gram matrix is
+    symmetric: only what is on and to the right of the diagonal is computed, a strip of rows at a
+    time.
+    """
 
     def __init__(self, features: int, *, gram: bool) -> None:
         self._tokens = 0
@@ -86,7 +93,9 @@ class Accumulator:
         self._maximum = torch.full((features,), -torch.inf)
         self._abs_sum = torch.zeros(features, dtype=torch.float64)
         self._square_sum = torch.zeros(features, dtype=torch.float64)
-        self._gram = torch.zeros(features, features) if gram else None
+        height = max(SMALLEST_STRIP, -(-features // STRIPS))
+        self._rows = [slice(at, at + height) for at in range(0, features, height)] if gram else []
+        self._strips: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs of shape [..., n]; a batch without tokens changes nothing."""
@@ -97,10 +106,13 @@ class Accumulator:
         self._tokens += len(tokens)
         self._minimum = torch.minimum(self._minimum, tokens.amin(0))
         self._maximum = torch.maximum(self._maximum, tokens.amax(0))
-        self._abs_sum += tokens.abs().sum(0, dtype=torch.float64)
-        self._square_sum += tokens.square().sum(0, dtype=torch.float64)
-        if self._gram is not None:
-            self._gram += tokens.T @ tokens
+        self._abs_sum += tokens.abs().sum(0)
+        self._square_sum += tokens.square().sum(0)
+        if not self._strips:
+            self._strips = [tokens[:, rows].T @ tokens[:, rows.start :] for rows in self._rows]
+            return
+        for rows, strip in zip(self._rows, self._strips, strict=True):
+            strip.addmm_(tokens[:, rows].T, tokens[:, rows.start :])
 
     def merge(self, other: Accumulator) -> None:
         """Add everything that `other` has seen."""
@@ -112,8 +124,12 @@ class Accumulator:
         self._maximum = torch.maximum(self._maximum, other._maximum)
         self._abs_sum += other._abs_sum
         self._square_sum += other._square_sum
-        if self._gram is not None and other._gram is not None:
-            self._gram += other._gram
+        if not self._strips:
+            # Copied, because what was made in inference mode cannot be added to outside of it.
+            self._strips = [strip.clone() for strip in other._strips]
+            return
+        for mine, more in zip(self._strips, other._strips, strict=True):
+            mine += more
 
     def _to(self, device: torch.device) -> None:
         if self._minimum.device != device:
@@ -121,7 +137,16 @@ class Accumulator:
             self._maximum = self._maximum.to(device)
             self._abs_sum = self._abs_sum.to(device)
             self._square_sum = self._square_sum.to(device)
-            self._gram = None if self._gram is None else self._gram.to(device)
+
+    def _gram(self) -> Tensor | None:
+        if not self._rows:
+            return None
+        features = len(self._minimum)
+        gram = torch.zeros(features, features)
+        for rows, strip in zip(self._rows, self._strips, strict=False):
+            gram[rows, rows.start :] = strip
+            gram[rows.stop :, rows] = strip[:, rows.stop - rows.start :].T
+        return gram
 
     def result(self) -> LayerStatistics:
         """The statistics of everything added so far, on the CPU; zeros where nothing was."""
@@ -132,5 +157,5 @@ class Accumulator:
             (self._maximum if self._tokens else empty).cpu(),
             (self._abs_sum / max(self._tokens, 1)).float().cpu(),
             self._square_sum.float().cpu(),
-            None if self._gram is None else self._gram.cpu(),
+            self._gram(),
         )

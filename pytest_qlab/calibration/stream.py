@@ -177,6 +177,8 @@ class BlockStream:
         """Statistics of the inputs of `sites` over all sequences; one object per shared input.
 
         `advance` also moves the hidden states on, for a block that does not change in between.
+        Otherwise a forward ends at the last of the sites, once a whole one has shown that the block
+        runs each of them once.
         """
         first_of = {groups[site.name]: site for site in reversed(sites)}
 
@@ -187,17 +189,30 @@ class BlockStream:
             }
 
         here = threading.local()
+        names = sorted(site.name for site in sites)
+        once: list[bool] = []  # of whole forwards: whether each site ran once
 
         def run(hidden: Tensor) -> tuple[dict[int, Accumulator], Tensor]:
-            here.parts = empty()
-            output = self._calls[index](block, hidden)
+            here.parts, here.seen = empty(), []
+            output = hidden
+            with suppress(_Stop):
+                output = self._calls[index](block, hidden)
+                once.append(sorted(here.seen) == names)
             return here.parts, output
+
+        def see(site: LinearSite, inputs: Tensor) -> None:
+            number = groups[site.name]
+            if site is first_of[number]:
+                here.parts[number].add(inputs)
+            here.seen.append(site.name)
+            if not advance and once and once[0] and len(here.seen) == len(names):
+                raise _Stop
 
         handles = [
             site.module.register_forward_pre_hook(
-                lambda _module, args, number=number: here.parts[number].add(args[0])
+                lambda _module, args, site=site: see(site, args[0])
             )
-            for number, site in first_of.items()
+            for site in sites
         ]
         totals = empty()
         outputs: list[Tensor] = []

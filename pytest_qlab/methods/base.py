@@ -6,7 +6,7 @@ tests are collected. The tensors' side is imported where a method runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -170,5 +170,18 @@ class Method(BaseModel):
             weight: float32 of shape (out_features, in_features).
             statistics: what `needs` asks for, or None.
             name: the layer's dotted name, for messages.
+
+        It is called for several layers of a block at a time, from different threads.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how to quantize a layer")
+
+    def quantize_shared(
+        self, weights: Mapping[str, Tensor], statistics: LayerStatistics | None
+    ) -> list[QuantizedLayer]:
+        """`quantize` for layers that read the same inputs, for methods that save work by it.
+
+        Args:
+            weights: float32 of shape (out_features, in_features), by the layers' dotted names.
+            statistics: of the inputs of all of them.
+        """
+        return [self.quantize(weight, statistics, name=name) for name, weight in weights.items()]

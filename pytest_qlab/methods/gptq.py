@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -40,6 +41,7 @@ class Gptq(Method):
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "second-order rounding that compensates each column's error"
     reference: ClassVar[str] = "arXiv 2210.17323; IST-DASLab/gptq"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
     cost: ClassVar[float] = 10.0
 
@@ -71,17 +73,28 @@ class Gptq(Method):
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
     ) -> QuantizedLayer:
         """Solve one layer; rounds to nearest if no calibration token has reached it."""
-        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError, gptq_solve
+        (layer,) = self.quantize_shared({name: weight}, statistics)
+        return layer
+
+    def quantize_shared(
+        self, weights: Mapping[str, Tensor], statistics: LayerStatistics | None
+    ) -> list[QuantizedLayer]:
+        """Solve layers that read the same inputs with one factorization of their Gram matrix."""
+        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError, gptq_solve_shared
         from pytest_qlab.solvers.grid import GridRule, round_to_nearest
 
-        check_weight(weight, name)
-        known = check_statistics(statistics, weight, name, self.name, gram=True)
+        for name, weight in weights.items():
+            check_weight(weight, name)
+            known = check_statistics(statistics, weight, name, self.name, gram=True)
         rule = GridRule(self.bits, symmetric=self.symmetric, mse=self.mse)
         if not known.tokens or known.gram is None:
-            return QuantizedLayer(round_to_nearest(weight, rule, self.group_size).pack())
+            return [
+                QuantizedLayer(round_to_nearest(weight, rule, self.group_size).pack())
+                for weight in weights.values()
+            ]
         try:
-            solution = gptq_solve(
-                weight,
+            solutions = gptq_solve_shared(
+                list(weights.values()),
                 known.gram,
                 rule,
                 group_size=self.group_size,
@@ -92,8 +105,8 @@ class Gptq(Method):
             )
         except NotPositiveDefiniteError as error:
             raise MethodError(
-                f"GPTQ cannot solve {name or 'a layer'}: the Gram matrix of its {known.tokens} "
-                "calibration inputs is not positive definite, however it is damped. Calibrate on "
-                "more text, or leave the layer to another method."
+                f"GPTQ cannot solve {' and '.join(weights) or 'a layer'}: the Gram matrix of "
+                f"{known.tokens} calibration inputs is not positive definite, however it is "
+                "damped. Calibrate on more text, or leave the layer to another method."
             ) from error
-        return QuantizedLayer(solution.quantized.pack())
+        return [QuantizedLayer(solution.quantized.pack()) for solution in solutions]

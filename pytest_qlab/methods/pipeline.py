@@ -24,6 +24,7 @@ from pytest_qlab.models.structure import (
     quantizable_linears,
     routers,
 )
+from pytest_qlab.parallel import ordered_map
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,6 +107,7 @@ class _Pass:
         self.model = model
         self.method = method
         self.statistics = statistics
+        self.threads = threads
         self.progress = progress
         self.blocks = decoder_blocks(model)
         self.assigned = method.assign(model)
@@ -143,9 +145,8 @@ class _Pass:
                 layers = [by_name[layer] for layer in batch]
                 if self.stream is not None:
                     self._collect(index, block, layers)
-                for layer in layers:
-                    self._quantize(layer)
-            if self.stream is not None:
+                self._quantize(layers)
+            if self.stream is not None and index + 1 < len(self.blocks):
                 self.stream.advance(index, block)
             set_materialized(block, False)
         self._quantize_embeddings()
@@ -202,11 +203,30 @@ class _Pass:
         for layer in layers:
             layer.statistics = found[layer.name].to(layer.site.stored.device)
 
-    def _quantize(self, layer: LayerContext) -> None:
-        weight = layer.site.weight()
-        check_weight(weight, layer.name)
-        method = self.assigned[layer.name]
-        quantized = method.quantize(weight, layer.statistics, name=layer.name)
+    def _quantize(self, layers: list[LayerContext]) -> None:
+        """Quantize some layers, those that a method can solve together in one call of it."""
+        together: dict[Any, list[LayerContext]] = {}
+        for layer in layers:
+            # Of the original model each layer has its own statistics, which folds may have changed.
+            inputs = layer.name if self.stream is None else layer.input_group
+            together.setdefault((self.assigned[layer.name], inputs), []).append(layer)
+
+        def solve(shared: list[LayerContext]) -> list[QuantizedLayer]:
+            weights = {layer.name: layer.site.weight() for layer in shared}
+            for name, weight in weights.items():
+                check_weight(weight, name)
+            return self.assigned[shared[0].name].quantize_shared(weights, shared[0].statistics)
+
+        tasks = list(together.values())
+        found = {
+            layer.name: quantized
+            for shared, solved in zip(tasks, ordered_map(solve, tasks, self.threads), strict=True)
+            for layer, quantized in zip(shared, solved, strict=True)
+        }
+        for layer in layers:
+            self._keep(layer, found[layer.name])
+
+    def _keep(self, layer: LayerContext, quantized: QuantizedLayer) -> None:
         self.result.layers[layer.name] = quantized
         if layer.site.bias is not None:
             self.result.changed[f"{layer.name}.bias"] = layer.site.bias

@@ -5,24 +5,29 @@ options of the reference code IST-DASLab/gptq (act-order, static groups). Minimi
 tr((W - Q) H (W - Q)^T), H = X^T X of the layer's inputs X, damped.
 
 The paper needs U, the upper Cholesky factor of the inverse: U^T U = H^-1. Here H itself is
-factored, from its last column backwards: H = R R^T with R upper triangular. Then U = R^-1, and the
-block of U on the diagonal at columns B is the inverse of that block of R. What the columns before B
-contribute to B, which the reference subtracts from all later columns after every block, is then
-(W - Q)_<B R_<B,B U_BB: the same numbers from one Cholesky factorization, without the n x n inverse
-(the form known as LDLQ; Chee et al., QuIP, arXiv 2307.13304, prove the equivalence).
+factored, from its last column backwards: H = R R^T with R upper triangular. Then U = R^-1, and what
+the paper has subtracted from column j when it reaches it is (W - Q)_<j R_<j,j / R_jj: the same
+numbers from one Cholesky factorization, without any inverse (the form known as LDLQ; Chee et al.,
+QuIP, arXiv 2307.13304, prove the equivalence). Only a grid that is fitted on the way needs U's
+blocks, the inverses of R's, because the reference fits it to weights as they are between columns.
+
+Nearly all of the time is in matrix products: a few columns at a time take over what all blocks
+before contribute in one product, so that a single column only meets the others of its few.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pytest_qlab.formats.affine import group_length
-from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped, nearest_codes
+from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped
 
 SMALLEST_DAMP_STEP = 0.01
+STEP = 32
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -74,66 +79,179 @@ def gptq_solve(
     Raises:
         NotPositiveDefiniteError: H cannot be factored however it is damped.
     """
-    work = torch.promote_types(weight.dtype, torch.float32)
-    w, h = weight.to(work, copy=True), gram.to(work, copy=True)
-    rule = rule.resolved(w, group_size)
-    columns = w.shape[1]
-    length = group_length(columns, group_size)
-
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    # As in the reference: grids of whole rows are fitted before dead columns are cleared.
-    grid = rule.fit(grouped(w if group_size == -1 else w.masked_fill(dead, 0), group_size))
-    w[:, dead] = 0
-
-    position = torch.arange(columns, device=w.device)
-    order = h.diagonal().argsort(descending=True, stable=True) if desc_act else position
-    r, damp_percent = _factor(h[order][:, order], damp_percent)
-    fitted_before = static_groups or group_size == -1
-    groups = (order if fitted_before else position) // length
-    group_of: list[int] = groups.tolist()
-
-    # From here on all is transposed, so that a column of W is contiguous.
-    w = w.T[order]
-    scales, zeros = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    delta = torch.empty_like(w)  # W - Q
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    loss = 0.0
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        reach = stop
-        if not fitted_before:
-            last = (stop - 1) // length * length  # where the last group of the block begins
-            reach = min(last + length, columns) if last >= start else stop
-        u = _inverse(r[start:reach, start:reach])
-        # The weights after the updates of all earlier blocks.
-        block = w[start:reach] + u.T @ (r[:start, start:reach].T @ delta[:start])
-        errors = torch.empty_like(block[: stop - start])
-        for i, j in enumerate(range(start, stop)):
-            g = group_of[j]
-            if not fitted_before and j % length == 0:
-                # The reference's rule: the grid of a group does not see the updates by earlier
-                # columns of the same block.
-                scales[g], zeros[g] = rule.fit(block[i : i + length].T)
-            scale, zero = scales[g].to(work), zeros[g]
-            column = block[i] - u[:i, i] @ errors[:i]
-            code = nearest_codes(column, scale, zero, rule.bits)
-            point = (code - zero) * scale
-            codes[j] = code
-            delta[j] = w[j] - point
-            errors[i] = (column - point) / u[i, i]
-        loss += 0.5 * float(errors.square().sum())
-
-    back = order.argsort()
-    scattered = desc_act and not fitted_before and len(scales) > 1
-    quantized = AffineCodes(
-        codes[back].T.contiguous(),
-        Grid(scales.T.contiguous(), zeros.T.contiguous()),
+    (solution,) = gptq_solve_shared(
+        [weight],
+        gram,
         rule,
-        group_size,
-        groups[back] if scattered else None,
+        group_size=group_size,
+        desc_act=desc_act,
+        static_groups=static_groups,
+        damp_percent=damp_percent,
+        block_size=block_size,
     )
-    return GptqSolution(quantized, loss, damp_percent)
+    return solution
+
+
+def gptq_solve_shared(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    rule: GridRule,
+    *,
+    group_size: int = -1,
+    desc_act: bool = False,
+    static_groups: bool = False,
+    damp_percent: float = 0.01,
+    block_size: int = 128,
+) -> list[GptqSolution]:
+    """`gptq_solve` for several weights (m_i, n) whose inputs are the same, in one go.
+
+    Rows do not know of each other, so that the weights can be stacked: one factorization, one walk
+    over the columns. Their codes are those of each alone, but for rounding errors of the products.
+    """
+    work = torch.promote_types(weights[0].dtype, torch.float32)
+    rules = [rule.resolved(weight.to(work), group_size) for weight in weights]
+    if any(each != rules[0] for each in rules):  # scales of different types cannot be stacked
+        stacks = [[index] for index in range(len(weights))]
+    else:
+        stacks = [list(range(len(weights)))]
+    solver = _Solver(gram.to(work), group_size, desc_act, static_groups, damp_percent, block_size)
+    return [
+        solution
+        for stack in stacks
+        for solution in solver.solve([weights[index].to(work) for index in stack], rules[stack[0]])
+    ]
+
+
+class _Solver:
+    """What all weights that read the same inputs have in common."""
+
+    def __init__(
+        self,
+        gram: Tensor,
+        group_size: int,
+        desc_act: bool,
+        static_groups: bool,
+        damp_percent: float,
+        block_size: int,
+    ) -> None:
+        h = gram.clone()
+        columns = len(h)
+        self.group_size, self.block_size = group_size, block_size
+        self.length = group_length(columns, group_size)
+        self.dead = h.diagonal() == 0
+        h.diagonal()[self.dead] = 1
+        position = torch.arange(columns, device=h.device)
+        self.order = h.diagonal().argsort(descending=True, stable=True) if desc_act else position
+        ordered = h.index_select(0, self.order).index_select(1, self.order)
+        self.r, self.damp_percent = _factor(ordered, damp_percent)
+        self.feedback = (self.r / self.r.diagonal()).T.contiguous()
+        self.fitted_before = static_groups or group_size == -1
+        self.groups = (self.order if self.fitted_before else position) // self.length
+        self.scattered = desc_act and not self.fitted_before and columns > self.length
+
+    def solve(self, weights: Sequence[Tensor], rule: GridRule) -> list[GptqSolution]:
+        w = torch.cat(list(weights))
+        # As in the reference: grids of whole rows are fitted before dead columns are cleared.
+        fitted = w if self.group_size == -1 else w.masked_fill(self.dead, 0)
+        grid = rule.fit(grouped(fitted, self.group_size))
+        # From here on all is transposed, so that a column of W is contiguous.
+        w = w.masked_fill(self.dead, 0).index_select(1, self.order).T.contiguous()
+        grid = Grid(grid.scale.T.contiguous(), grid.zero.T.contiguous())
+        codes = torch.empty_like(w, dtype=torch.uint8)
+        delta = torch.zeros_like(w)  # W - Q
+        losses = torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
+        for start in range(0, len(w), self.block_size):
+            stop = min(start + self.block_size, len(w))
+            if not self.fitted_before:
+                self._fit_groups(start, stop, w, delta, grid, rule)
+            of_column = self.groups[start:stop]
+            scale, zero = grid.scale[of_column].to(w.dtype), grid.zero[of_column]
+            reached = w[start:stop] + self.feedback[start:stop, :start] @ delta[:start]
+            # Whole numbers from the zero point, whose bounds are those of the codes.
+            bounds = -zero, 2**rule.bits - 1 - zero
+            steps = self._round(start, reached, w[start:stop], delta[start:stop], scale, bounds)
+            codes[start:stop] = steps + zero
+            errors = reached - steps * scale
+            losses += (errors * self.r.diagonal()[start:stop, None]).square().sum(0)
+        back = self.order.argsort()
+        whole = AffineCodes(
+            codes.T.index_select(1, back),
+            Grid(grid.scale.T.contiguous(), grid.zero.T.contiguous()),
+            rule,
+            self.group_size,
+            self.groups[back] if self.scattered else None,
+        )
+        rows = [len(weight) for weight in weights]
+        solutions = []
+        for codes, scale, zero, loss in zip(
+            *(torch.split(each, rows) for each in (whole.codes, *whole.grid, losses)), strict=True
+        ):
+            found = replace(whole, codes=codes, grid=Grid(scale, zero))
+            solutions.append(GptqSolution(found, 0.5 * float(loss.sum()), self.damp_percent))
+        return solutions
+
+    def _fit_groups(
+        self, start: int, stop: int, w: Tensor, delta: Tensor, grid: Grid, rule: GridRule
+    ) -> None:
+        """Fit the grids of the groups that begin in a block.
+
+        The reference's rule: they see the updates by all blocks before, but not those by earlier
+        columns of the same block.
+        """
+        begins = range(-(-start // self.length) * self.length, stop, self.length)
+        if not begins:
+            return
+        reach = min(begins[-1] + self.length, len(w))
+        u = _inverse(self.r[start:reach, start:reach])
+        seen = w[start:reach] + u.T @ (self.r[:start, start:reach].T @ delta[:start])
+        for j in begins:
+            group = j // self.length
+            grid.scale[group], grid.zero[group] = rule.fit(
+                seen[j - start : j - start + self.length].T
+            )
+
+    def _round(
+        self,
+        start: int,
+        reached: Tensor,
+        w: Tensor,
+        delta: Tensor,
+        scale: Tensor,
+        bounds: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Round the columns of a block, one after the other; all tensors are (columns, m).
+
+        Args:
+            start: the block's first column.
+            reached: the weights after the updates of all blocks before; those of the columns before
+                in the same block are added to it.
+            w: the weights themselves.
+            delta: takes W - Q; zeros until then.
+            scale: of each weight.
+            bounds: the least and the greatest step of each weight.
+
+        Returns:
+            each weight's steps from its zero point, whole numbers.
+        """
+        steps = torch.empty_like(reached)
+        feedback = self.feedback[start : start + len(w), start : start + len(w)]
+        for first in range(0, len(w), STEP):
+            few = slice(first, first + STEP)
+            reached[few].addmm_(feedback[few, :first], delta[:first])
+            known = delta[few].T  # zeros for columns that are still to come
+            # Five operations a column, all in place: what they cost is the time it takes to start
+            # them. The views they work on are made beforehand.
+            low, high = bounds[0][few].unbind(), bounds[1][few].unbind()
+            columns = reached[few].unbind(), feedback[few, few].unbind(), scale[few].unbind()
+            made = steps[few].unbind(), w[few].unbind(), delta[few].unbind()
+            for column, before, unit, least, most, step, weight, error in zip(
+                *columns, low, high, *made, strict=True
+            ):
+                column.addmv_(known, before)
+                torch.div(column, unit, out=step).round_()
+                torch.clamp(step, least, most, out=step)
+                torch.addcmul(weight, step, unit, value=-1, out=error)
+        return steps
 
 
 def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
@@ -147,8 +265,9 @@ def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
         damped = h.clone()
         damped.diagonal().add_(damp_percent * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        # Numbers that overflow give infinities or NaN without being reported.
-        if not failed and bool(lower.isfinite().all()):
+        # Numbers that overflow give infinities or NaN without being reported; whatever is in a row
+        # is in its diagonal.
+        if not failed and bool(lower.diagonal().isfinite().all()):
             return lower.flip(0, 1), damp_percent
         damp_percent += step
     raise NotPositiveDefiniteError("the Gram matrix is not positive definite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.peers import (
     run_peer,
     unscaled,
 )
+from benchmarks.products import Products, products_of, run_products
 from benchmarks.quantizers import benchmark_quantizer, layer_errors, weights_of
 from benchmarks.run import main, parse
 from benchmarks.runs import RunError, run_example, section
@@ -24,6 +26,7 @@ from benchmarks.settings import Benchmark
 from benchmarks.suite import PHASES, bare, compare, rows
 from benchmarks.tables import Sample, Section, number, ratio, seconds, table
 from pytest_qlab.measuring.floor import WINDOWS as FLOOR_WINDOWS
+from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
 from tests.lab.tiny import saved_tiny_model, tiny_lab
 
 # Rounds every linear to multiples of 1/16, after doubling the columns at even places.
@@ -235,3 +238,69 @@ def test_bad_arguments_are_refused(
     with pytest.raises(SystemExit):
         parse(arguments)
     assert "expected" in capsys.readouterr().err
+
+
+def test_the_products_of_a_block_are_those_that_its_parts_need(tmp_path: Path) -> None:
+    """Against the shapes of a Llama block: seven linears, one attention, four shared inputs."""
+    lab = tiny_lab(tmp_path)
+    length = len(lab.calibration.sequences[0])
+    for (name, block), made in zip(decoder_blocks(lab.base_model), products_of(lab), strict=True):
+        sites = quantizable_linears(block, name)
+        outputs = [task() for task in made.forward]
+        linears = [tuple(each.shape) for each in outputs if isinstance(each, torch.Tensor)]
+        for site in sites:
+            assert (length, site.out_features) in [shape[-2:] for shape in linears]
+        assert len(made.forward) == len(sites) + 1
+        assert made.until_last == len(made.forward) - 1
+        columns = sorted(
+            site.in_features
+            for site in sites
+            if site.name.endswith(("q_proj", "o_proj", "up_proj", "down_proj"))
+        )
+        grams = [tuple(torch.as_tensor(task()).shape) for task in made.gram]
+        assert sorted(grams) == [(each, each) for each in columns]
+        assert len(made.factor) == 2 * len(made.gram)
+
+
+@pytest.mark.parametrize(
+    ("method", "forwards", "grams", "factors", "searches"),
+    [
+        ("calibration", 2 * 3 * 5, 2 * 3, 0, 0),
+        # Two blocks to the last input, then the first of them again.
+        ("gptq", 2 * 3 * 4 + 3 * 5, 2 * 3, 2, 0),
+        ("awq", 2 * 3 * 5, 2 * 3, 0, 2),
+    ],
+)
+def test_products_are_run_as_often_as_a_method_needs_them(
+    method: str, forwards: int, grams: int, factors: int, searches: int
+) -> None:
+    counts = {"forward": 0, "gram": 0, "factor": 0, "search": 0}
+
+    def task(kind: str) -> Callable[[], None]:
+        def run() -> None:
+            counts[kind] += 1
+
+        return run
+
+    block = Products([task("forward")] * 5, 4, [task("gram")], [task("factor")], [task("search")])
+    run_products(method, [block, block], 3, 1)
+    assert counts == {
+        "forward": forwards,
+        "gram": grams,
+        "factor": factors,
+        "search": searches,
+    }
+
+
+def test_the_table_of_products_has_a_row_for_each_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved_tiny_model(tmp_path / "model")
+    arguments = ["--only=products", "--repeat=2", f"--model={model}", "--threads=1"]
+    assert main([*arguments, "--windows=2", "--sequences=3", "--length=24"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
+    found = {line[1].strip(): line for line in lines}
+    assert {"calibration", "gptq", "awq", "rtn"} <= set(found)
+    assert "x (" in found["gptq"][4]
+    assert found["rtn"][4].strip() == "-"

@@ -159,3 +159,83 @@ def test_a_block_that_is_called_otherwise_is_refused() -> None:
     odd = Odd()
     with pytest.raises(ModelError, match="hidden_states"):
         capture_calls(odd, [odd.block], [1, 2])
+
+
+@pytest.mark.parametrize("features", [1, 95, 97, 200, 1000])
+def test_half_of_the_gram_matrix_is_enough(features: int) -> None:
+    """Batch by batch and merged, against the product itself in float64."""
+    generator = torch.Generator().manual_seed(features)
+    batches = [torch.randn(2, 7, features, generator=generator) for _ in range(3)]
+    first, second = Accumulator(features, gram=True), Accumulator(features, gram=True)
+    first.add(batches[0])
+    second.add(batches[1])
+    second.add(batches[2])
+    total = Accumulator(features, gram=True)
+    total.merge(first)
+    total.merge(Accumulator(features, gram=True))
+    total.merge(second)
+    x = torch.cat(batches).reshape(-1, features).double()
+    found = total.result()
+    assert found.tokens == len(x)
+    assert found.gram is not None
+    torch.testing.assert_close(found.gram.double(), x.T @ x, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found.gram, found.gram.T)
+    torch.testing.assert_close(found.square_sum.double(), x.square().sum(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.mean_abs.double(), x.abs().mean(0), rtol=1e-5, atol=0)
+
+
+class Chain(nn.Module):
+    """Two linears, the second of which runs a number of times, and what comes after them."""
+
+    def __init__(self, repeats: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.repeats = repeats
+        self.ends = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.first(hidden)
+        for _ in range(self.repeats):
+            hidden = torch.tanh(self.second(hidden))
+        self.ends += 1
+        return hidden
+
+
+class OneBlock(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.scale = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        return torch.as_tensor(self.block(input_ids[..., None] * self.scale))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("repeats", "whole"), [(1, 1), (2, 6)])
+def test_a_forward_ends_at_the_last_input_that_is_asked_for(
+    repeats: int, whole: int, threads: int
+) -> None:
+    """Not if a linear runs twice, whose second inputs would be lost."""
+    block = Chain(repeats)
+    model = OneBlock(block)
+    ids = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
+    stream = BlockStream(model, [block], ids, threads=threads)
+    block.ends = 0
+    sites = quantizable_linears(block, "block")
+    found = stream.collect(0, block, sites, {"block.first": 0, "block.second": 1}, gram=True)
+    assert whole <= block.ends <= max(whole, threads)
+    x = block.first(torch.tensor(ids).reshape(-1, 1) * model.scale)
+    seen = [x]
+    for _ in range(1, repeats):
+        seen.append(torch.tanh(block.second(seen[-1])))
+    expected = torch.cat(seen)
+    assert found["block.second"].tokens == len(expected)
+    gram = found["block.second"].gram
+    assert gram is not None
+    torch.testing.assert_close(gram, expected.T @ expected)
+    before = list(stream._hidden)
+    stream.collect(0, block, sites, {"block.first": 0, "block.second": 1}, gram=False, advance=True)
+    moved = [model(torch.tensor([each]), use_cache=False) for each in ids]
+    assert len(before) == len(ids)
+    torch.testing.assert_close(list(stream._hidden), moved)

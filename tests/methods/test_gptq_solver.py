@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab.solvers.gptq import GptqSolution, NotPositiveDefiniteError, gptq_solve
+from pytest_qlab.solvers.gptq import (
+    GptqSolution,
+    NotPositiveDefiniteError,
+    gptq_solve,
+    gptq_solve_shared,
+)
 from pytest_qlab.solvers.grid import GridRule, round_to_nearest
 from tests.methods.oracles import correlated, ldlq, loop_fit, slow_gptq
 from tests.toy import SEQUENCES, relative_output_error, toy_gram, toy_weight
@@ -367,3 +372,52 @@ def test_a_matrix_whose_mean_overflows_is_refused() -> None:
     assert gram.diagonal().mean().isinf()
     with pytest.raises(NotPositiveDefiniteError):
         gptq_solve(torch.randn(4, 64, generator=generator), gram, GridRule(4))
+
+
+@pytest.mark.parametrize("desc_act", [True, False])
+@pytest.mark.parametrize("static_groups", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_weights_on_the_same_inputs_are_solved_as_each_alone(
+    desc_act: bool, static_groups: bool, group_size: int
+) -> None:
+    weight, inputs, _ = correlated(15, 72, 160)
+    inputs[:, 7] = 0
+    gram = inputs.T @ inputs
+    parts = [weight[:4], weight[4:5] * 30, weight[5:]]
+    together = gptq_solve_shared(
+        parts,
+        gram,
+        exact_rule(3),
+        group_size=group_size,
+        desc_act=desc_act,
+        static_groups=static_groups,
+        block_size=40,
+    )
+    for part, solution in zip(parts, together, strict=True):
+        codes, expected = slow_gptq(
+            part,
+            gram,
+            3,
+            loop_fit(3, False),
+            group_size=group_size,
+            desc_act=desc_act,
+            static_groups=static_groups,
+            block_size=40,
+        )
+        assert torch.equal(solution.quantized.codes.double(), codes)
+        assert torch.allclose(points(solution), expected, rtol=1e-9, atol=1e-12)
+        dead = part.clone()
+        dead[:, 7] = 0
+        error = proxy(dead - points(solution), damped(gram)) / 2
+        assert solution.loss == pytest.approx(error, rel=1e-9)
+
+
+def test_weights_whose_scales_need_other_types_are_not_mixed() -> None:
+    weight, _, gram = correlated(6, 48, 90)
+    small, large = weight.float(), weight.float() * 2.0**40  # beyond what float16 scales reach
+    alone = [gptq_solve(each, gram.float(), GridRule(4)).quantized for each in (small, large)]
+    assert alone[0].rule.scale_dtype != alone[1].rule.scale_dtype
+    together = gptq_solve_shared([small, large], gram.float(), GridRule(4))
+    for solution, expected in zip(together, alone, strict=True):
+        assert solution.quantized.rule == expected.rule
+        assert torch.equal(solution.quantized.codes, expected.codes)
