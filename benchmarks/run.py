@@ -16,6 +16,7 @@ from benchmarks.peers import PeerError
 from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
 from benchmarks.settings import Benchmark, available_cores, say
+from benchmarks.streaming import benchmark_streaming
 from benchmarks.suite import benchmark_suite
 from benchmarks.tables import Section, table
 from pytest_qlab import QlabError
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "store": benchmark_store,
     "workers": benchmark_workers,
     "ggml": benchmark_ggml,
+    "streaming": benchmark_streaming,
 }
 
 

@@ -1,4 +1,4 @@
-"""Quantizing a model that need not fit in memory: part by part, from its files into a checkpoint."""
+"""Quantizing a model that need not fit in memory: part by part, from files into a checkpoint."""
 
 from __future__ import annotations
 

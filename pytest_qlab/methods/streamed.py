@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,7 +117,7 @@ class _StreamedPass(Pass):
         self._began = time.perf_counter()
         self.result = self.nothing()
 
-    def _keep_changes(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    def _keep_changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
         """Leave those parameters among the changed ones that are not the base model's."""
         result = self.result
         weights = {f"{name}.weight" for name in (*result.layers, *result.embeddings)}

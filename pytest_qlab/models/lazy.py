@@ -206,7 +206,7 @@ def skeleton(
     from transformers import AutoModelForCausalLM
 
     with _building, _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     kept = getattr(model, "_keep_in_fp32_modules", None)
@@ -240,7 +240,7 @@ def _parameters_on_meta() -> Iterator[None]:
             bare = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module._parameters[name] = bare
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

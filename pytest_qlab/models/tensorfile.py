@@ -1,7 +1,7 @@
 """Safetensors files read and written one tensor at a time, so that no file has to fit in memory.
 
-The layout is safetensors': eight bytes with the length of a JSON header, the header, the data. Files
-written here are, byte for byte, what `safetensors.torch.save_file` writes.
+The layout is safetensors': eight bytes with the length of a JSON header, the header, the data. What
+is written here is, byte for byte, what `safetensors.torch.save_file` writes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.source import SAFETENSORS_DTYPES
 
+PIECE = 2**20
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # The order of types in a file, as in safetensors: widest first.
 _RANK = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
@@ -110,7 +110,7 @@ def join_files(path: Path, files: Iterable[Path]) -> None:
             source.seek(found[name].start)
             left = found[name].nbytes
             while left:
-                piece = source.read(min(left, shutil.COPY_BUFSIZE))
+                piece = source.read(min(left, PIECE))
                 stream.write(piece)
                 left -= len(piece)
 
