@@ -40,11 +40,11 @@ def benchmark_streaming(benchmark: Benchmark) -> Section:
     """Two depths, block by block and whole, without calibration and with."""
     section = Section("Memory of quantizing block by block", HEADER)
     section.rows = rows = []
-    full = 2 * GIB // block_bytes(torch.float32)
+    full = 2 * GIB // block_bytes()
     with TemporaryDirectory(prefix="qlab-bench-") as place:
         for blocks in (full // 4, full):
             model = Path(place) / f"model-{blocks}"
-            nbytes = write_model(model, blocks, torch.float32)
+            nbytes = write_model(model, blocks)
             runs = [("rtn", "always"), ("gptq", "always"), ("rtn", "never")]
             for spec, stream in runs:
                 say(f"streaming: {blocks} blocks, {spec}, --qlab-stream={stream}")
@@ -52,7 +52,7 @@ def benchmark_streaming(benchmark: Benchmark) -> Section:
                     found = quantize(model, Path(store), spec, stream, LIMIT)
                 section.raw[f"{blocks} {spec} {stream}"] = found
                 above = found["peak"] - found["idle"]
-                shares = [f"{above / MIB:.0f} MiB", number(above / block_bytes(torch.float32))]
+                shares = [f"{above / MIB:.0f} MiB", number(above / block_bytes())]
                 rows.append(
                     [
                         str(blocks),
@@ -69,7 +69,7 @@ def benchmark_streaming(benchmark: Benchmark) -> Section:
                     ]
                 )
         section.notes = [
-            f"Random Llama blocks, {WIDTH} wide, {block_bytes(torch.float32) / MIB:.0f} MiB each "
+            f"Random Llama blocks, {WIDTH} wide, {block_bytes() / MIB:.0f} MiB each "
             f"in float32, in several safetensors files; {SEQUENCES} sequences of {LENGTH} tokens; "
             "one thread. Each row is a process whose private writable memory the kernel limits "
             "(RLIMIT_DATA), imports included. Peak is what was resident at most, pages of mapped "
@@ -102,10 +102,8 @@ def quantize(
     return answer
 
 
-def write_model(
-    directory: Path, blocks: int, dtype: torch.dtype, width: int = WIDTH, inner: int = INNER
-) -> int:
-    """Write a random Llama, a file for every few blocks; returns the bytes of its weights."""
+def write_model(directory: Path, blocks: int, width: int = WIDTH, inner: int = INNER) -> int:
+    """Write a random Llama in float32, a file for every few blocks; returns its bytes."""
     directory.mkdir()
     config = LlamaConfig(
         vocab_size=ROWS,
@@ -116,20 +114,21 @@ def write_model(
         num_key_value_heads=width // 64,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        dtype=dtype,
+        dtype=torch.float32,
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
     character_tokenizer().save_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     where: dict[str, str] = {}
-    total, batch, last = 0, {}, "lm_head.weight"
+    batch: dict[str, torch.Tensor] = {}
+    total = 0
     for name, shape in shapes(blocks, width, inner):
         value = torch.ones(shape)
         if len(shape) == 2:
             value = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-        batch[name] = value.to(dtype)
-        if sum(each.nbytes for each in batch.values()) > 256 * MIB or name == last:
+        batch[name] = value
+        if sum(each.nbytes for each in batch.values()) > 256 * MIB or name == "lm_head.weight":
             file = f"model-{len(set(where.values())):05d}.safetensors"
             write_tensors(directory / file, batch)
             where.update(dict.fromkeys(batch, file))
@@ -156,6 +155,6 @@ def shapes(blocks: int, width: int, inner: int) -> Iterator[tuple[str, tuple[int
     yield "lm_head.weight", (ROWS, width)
 
 
-def block_bytes(dtype: torch.dtype, width: int = WIDTH, inner: int = INNER) -> int:
-    """Bytes of one block's weights."""
-    return (2 * width + 4 * width**2 + 3 * width * inner) * dtype.itemsize
+def block_bytes(width: int = WIDTH, inner: int = INNER) -> int:
+    """Bytes of one block's weights in float32."""
+    return 4 * (2 * width + 4 * width**2 + 3 * width * inner)

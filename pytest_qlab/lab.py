@@ -28,7 +28,7 @@ from pytest_qlab.calibration.sources import (
 )
 from pytest_qlab.candidate import Candidate
 from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from pytest_qlab.errors import MethodError, ModelError, SpecError
+from pytest_qlab.errors import MethodError, ModelError, SpecError, did_you_mean
 from pytest_qlab.inputs import (
     CalibrationInput,
     CalibrationSet,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 QUANTIZED_VERSION = 3
 STATISTICS_VERSION = 2
 LARGE_GRAM_BYTES = 2**30
+STREAMS = ("auto", "always", "never")
 
 
 class Lab:
@@ -106,6 +107,8 @@ class Lab:
         self.progress = progress or (lambda line: None)
         self.threads = threads or max(1, os.cpu_count() or 1)
         self.simulated_latency = simulated_latency
+        if stream not in STREAMS:
+            raise SpecError(f"Unknown value {stream!r} of stream.{did_you_mean(stream, STREAMS)}")
         self.stream = stream
         self._unstreamable = False
         self.forwards = 0
