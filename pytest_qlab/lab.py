@@ -28,7 +28,7 @@ from pytest_qlab.calibration.sources import (
 )
 from pytest_qlab.candidate import Candidate
 from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from pytest_qlab.errors import MethodError, ModelError, SpecError, did_you_mean
+from pytest_qlab.errors import SpecError
 from pytest_qlab.inputs import (
     CalibrationInput,
     CalibrationSet,
@@ -47,19 +47,17 @@ from pytest_qlab.models.structure import all_linears
 from pytest_qlab.parallel import one_thread_per_operation
 from pytest_qlab.specs import MethodSpec, parse_specs
 from pytest_qlab.store import Store, content_hash, default_store
-from pytest_qlab.streaming import build_streamed, exceeds_memory
+from pytest_qlab.streaming import Streaming, build_streamed
 
 if TYPE_CHECKING:
     from pytest_qlab.data.text import Document
     from pytest_qlab.data.windows import Window, WindowSet
-    from pytest_qlab.models.lazy import LazyModel
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.settings import Settings
 
 QUANTIZED_VERSION = 3
 STATISTICS_VERSION = 2
 LARGE_GRAM_BYTES = 2**30
-STREAMS = ("auto", "always", "never")
 
 
 class Lab:
@@ -107,10 +105,6 @@ class Lab:
         self.progress = progress or (lambda line: None)
         self.threads = threads or max(1, os.cpu_count() or 1)
         self.simulated_latency = simulated_latency
-        if stream not in STREAMS:
-            raise SpecError(f"Unknown value {stream!r} of stream.{did_you_mean(stream, STREAMS)}")
-        self.stream = stream
-        self._unstreamable = False
         self.forwards = 0
         self._forwards_lock = threading.Lock()
         self._configurations = dict(configurations or {})
@@ -123,6 +117,7 @@ class Lab:
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        self._streaming = Streaming(stream, self.model, self.progress)
         input_options = InputOptions(**options)
         self.evaluation = EvaluationInput(evaluation, self.model, input_options)
         self.calibration_input = CalibrationInput(calibration, self.model, input_options)
@@ -188,26 +183,8 @@ class Lab:
     @property
     def described(self) -> LoadedModel:
         """What is known of the model; its weights are not there if it is read block by block."""
-        lazy = self._lazy
+        lazy = self._streaming.lazy()
         return self.loaded if lazy is None else lazy.loaded
-
-    @property
-    def _lazy(self) -> LazyModel | None:
-        """The model to be read block by block, where quantizing is to do so."""
-        if self.stream == "always":
-            return self.model.lazy
-        if self.stream == "never" or self.model.is_loaded or self._unstreamable:
-            return None
-        if "lazy" not in self.model.__dict__:
-            nbytes = self.model.nbytes
-            if nbytes is None or not exceeds_memory(nbytes):
-                return None
-        try:
-            return self.model.lazy
-        except ModelError as error:
-            self._unstreamable = True
-            self.progress(f"the whole model is loaded: {error}")
-            return None
 
     @property
     def tokenizer(self) -> Any:
@@ -318,7 +295,7 @@ class Lab:
             known = [each for each in (True, False) if self._has_statistics(parts, gram=each)]
             gram = known[0] if known else self._gram_bytes() <= LARGE_GRAM_BYTES
         parts["gram"] = gram
-        lazy = self._lazy
+        lazy = self._streaming.lazy()
 
         def build(directory: Path) -> None:
             options: Any = {"gram": gram, "threads": self.threads, "progress": self.progress}
@@ -350,14 +327,7 @@ class Lab:
     def checkpoint(self, method: Method) -> Checkpoint:
         """The model quantized by `method`, built if no process has built it before."""
 
-        lazy = self._lazy
-        if lazy is not None and type(method).import_model is not Method.import_model:
-            if self.stream == "always":
-                raise MethodError(
-                    f"{method.id} takes the whole model at once and cannot read it block by block. "
-                    "Give --qlab-stream=auto or never for it."
-                )
-            lazy = None
+        lazy = self._streaming.lazy_for(method)
 
         def build(directory: Path) -> None:
             statistics = None

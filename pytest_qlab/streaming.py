@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qlab.checkpoint import INDEX_FILE, join_checkpoints, save_checkpoint
+from pytest_qlab.errors import MethodError, ModelError, SpecError, did_you_mean
 from pytest_qlab.machine import available_memory
+from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.streamed import Part, quantize_parts
 
 if TYPE_CHECKING:
     from pytest_qlab.calibration.sources import StatisticsSource
-    from pytest_qlab.methods.base import Method
+    from pytest_qlab.inputs import ModelInput
     from pytest_qlab.models.lazy import LazyModel
 
+CHOICES = ("auto", "always", "never")
 PARTS = "parts"
 COPIES = 2
 """Of the model, that quantizing in memory takes: the base model, and one that is worked on."""
@@ -31,6 +34,58 @@ def exceeds_memory(nbytes: int, available: int | None = None) -> bool:
     """
     room = available_memory() if available is None else available
     return room is not None and COPIES * nbytes > SHARE * room
+
+
+class Streaming:
+    """Whether quantizing reads a model block by block.
+
+    Args:
+        choice: `always`, `never`, or `auto`: if it is large, not in memory yet, and can be.
+        progress: called with the reason where a large model cannot be.
+    """
+
+    def __init__(self, choice: str, model: ModelInput, progress: Callable[[str], None]) -> None:
+        if choice not in CHOICES:
+            raise SpecError(f"Unknown value {choice!r} of stream.{did_you_mean(choice, CHOICES)}")
+        self._choice = choice
+        self._model = model
+        self._progress = progress
+        self._large: bool | None = None
+
+    def lazy(self) -> LazyModel | None:
+        """The model to be read block by block; None if it is to be loaded.
+
+        Raises:
+            ModelError: it is always to be, and cannot be.
+        """
+        if self._choice == "always":
+            return self._model.lazy
+        if self._choice == "never" or self._model.is_loaded or self._large is False:
+            return None
+        try:
+            if self._large is None:
+                nbytes = self._model.nbytes
+                self._large = nbytes is not None and exceeds_memory(nbytes)
+            return self._model.lazy if self._large else None
+        except ModelError as error:
+            self._large = False
+            self._progress(f"the whole model is loaded: {error}")
+            return None
+
+    def lazy_for(self, method: Method) -> LazyModel | None:
+        """The same for quantizing with `method`.
+
+        Raises:
+            MethodError: the method takes the whole model, which is always to be streamed.
+        """
+        if type(method).import_model is Method.import_model:
+            return self.lazy()
+        if self._choice == "always":
+            raise MethodError(
+                f"{method.id} takes the whole model at once and cannot read it block by block. "
+                "Give --qlab-stream=auto or never for it."
+            )
+        return None
 
 
 def build_streamed(

@@ -36,6 +36,7 @@ _ALIASES = (
     (re.compile(r"\.mlp\.experts\.(\d+)\.down_proj\."), r".block_sparse_moe.experts.\1.w2."),
     (re.compile(r"\.mlp\."), ".block_sparse_moe."),
 )
+_UNDONE = {"MergeModulelist", "Concatenate"}
 _building = threading.Lock()
 
 
@@ -201,7 +202,8 @@ def skeleton(
     for each matrix.
 
     Raises:
-        ModelError: some weights are to stay in float32 whatever the dtype.
+        ModelError: some weights are to stay in float32 whatever the dtype, or transformers changes
+            values when it loads the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -216,8 +218,8 @@ def skeleton(
             f"{type(model).__name__} keeps some weights in float32 whatever the dtype, which is "
             f"not known how to do block by block. Give --qlab-dtype=float32, or {_REMEDY[5:]}"
         )
-    kinds = [name for name, module in model.named_modules() if is_fused(module)]
-    for name in kinds:
+    _check_conversions(model)
+    for name in [name for name, module in model.named_modules() if is_fused(module)]:
         parent, _, attribute = name.rpartition(".")
         unfused = UnfusedExperts(model.get_submodule(name))
         setattr(model.get_submodule(parent), attribute, unfused)
@@ -226,6 +228,19 @@ def skeleton(
             buffer.copy_(tensors[name].read())
     model.requires_grad_(False)
     return model.train(False)
+
+
+def _check_conversions(model: Any) -> None:
+    """Joining matrices into fused ones is undone here; no other conversion is."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    for each in get_model_conversion_mapping(model, add_legacy=False):
+        kinds = {type(step).__name__ for step in getattr(each, "operations", ())}
+        if kinds - _UNDONE:
+            raise ModelError(
+                f"transformers changes weights of {type(model).__name__} when it loads them "
+                f"({', '.join(sorted(kinds))}), so they cannot be read block by block. {_REMEDY}"
+            )
 
 
 @contextmanager

@@ -54,6 +54,18 @@ def test_the_bits_are_the_same(tmp_path: Path, architecture: str, spec: str) -> 
     assert streamed.forwards == whole.forwards
 
 
+def test_gguf_files_are_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = saved_tiny_model(tmp_path / "model")
+    files = []
+    for stream in ("never", "always"):
+        made = lab(model, tmp_path / stream, stream=stream)
+        files.append(tmp_path / f"{stream}.gguf")
+        made.candidate("gguf:Q4_K_M").save_gguf(files[-1])
+        assert made.model.is_loaded == (stream == "never")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(FEW)))
@@ -151,15 +163,15 @@ def test_streaming_is_automatic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         asked.append(nbytes)
         return True
 
-    monkeypatch.setattr("pytest_qlab.lab.exceeds_memory", never_fits)
+    monkeypatch.setattr("pytest_qlab.streaming.exceeds_memory", never_fits)
     large = lab(model, tmp_path / "large")
     _ = large.candidate("awq").checkpoint
     assert not large.model.is_loaded
-    assert set(asked) == {large.loaded.nbytes}
+    assert asked == [large.loaded.nbytes]
     # A model that is in memory by now is used.
     _ = large.candidate("awq:bits=3").checkpoint
-    assert large._lazy is None
-    monkeypatch.setattr("pytest_qlab.lab.exceeds_memory", lambda nbytes: False)
+    assert large.described is large.loaded
+    monkeypatch.setattr("pytest_qlab.streaming.exceeds_memory", lambda nbytes: False)
     small = lab(model, tmp_path / "small")
     _ = small.candidate("awq").checkpoint
     assert small.model.is_loaded
@@ -170,7 +182,7 @@ def test_automatically_what_cannot_be_streamed_is_loaded(
 ) -> None:
     model = saved_tiny_model(tmp_path / "model")
     said: list[str] = []
-    monkeypatch.setattr("pytest_qlab.lab.exceeds_memory", lambda nbytes: True)
+    monkeypatch.setattr("pytest_qlab.streaming.exceeds_memory", lambda nbytes: True)
 
     def refuse(*arguments: object, **options: object) -> None:
         raise ModelError("It is odd.")
