@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.checks import check_finite
@@ -207,10 +208,16 @@ def skeleton(
     """
     from transformers import AutoModelForCausalLM
 
-    with _building, _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    try:
+        with _building, _parameters_on_meta(), _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # whatever the modelling code makes of weights that are not there
+        raise ModelError(
+            f"A model of type {config.model_type!r} cannot be built without weights: "
+            f"{str(error).partition(chr(10))[0]}. {_REMEDY}"
+        ) from error
     kept = getattr(model, "_keep_in_fp32_modules", None)
     strictly = getattr(model, "_keep_in_fp32_modules_strict", None)
     if dtype != torch.float32 and (kept or strictly):
@@ -223,9 +230,15 @@ def skeleton(
         parent, _, attribute = name.rpartition(".")
         unfused = UnfusedExperts(model.get_submodule(name))
         setattr(model.get_submodule(parent), attribute, unfused)
-    for name, buffer in model.named_buffers():
+    for name, buffer in list(model.named_buffers()):
+        parent, _, attribute = name.rpartition(".")
         if name in tensors:
-            buffer.copy_(tensors[name].read())
+            value = tensors[name].read(buffer.dtype)
+            model.get_submodule(parent)._buffers[attribute] = value
+        elif buffer.device.type == "meta":
+            raise ModelError(
+                f"The buffer {name} of {type(model).__name__} has no known values. {_REMEDY}"
+            )
     model.requires_grad_(False)
     return model.train(False)
 
@@ -241,6 +254,21 @@ def _check_conversions(model: Any) -> None:
                 f"transformers changes weights of {type(model).__name__} when it loads them "
                 f"({', '.join(sorted(kinds))}), so they cannot be read block by block. {_REMEDY}"
             )
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within, memory that would be filled later is not taken: most parameters begin like that."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.streaming import block_bytes, quantize, write_model
 from pytest_qlab import Lab
-from pytest_qlab.checkpoint import Checkpoint
+from pytest_qlab.checkpoint import Checkpoint, save_checkpoint
 from pytest_qlab.errors import MethodError, ModelError, SpecError
 from pytest_qlab.machine import available_memory
 from pytest_qlab.streaming import exceeds_memory
@@ -42,7 +42,9 @@ def contents(checkpoint: Checkpoint) -> tuple[dict[str, bytes], dict[str, Any]]:
     return files, {key: value for key, value in checkpoint.index.items() if key != "seconds"}
 
 
-@pytest.mark.parametrize("spec", ["rtn", "gptq", "awq", "gptq:true_sequential=true", "gguf:Q4_K_M"])
+@pytest.mark.parametrize(
+    "spec", ["none", "rtn", "gptq", "awq", "gptq:true_sequential=true", "gguf:Q4_K_M"]
+)
 @pytest.mark.parametrize("architecture", FEW)
 def test_the_bits_are_the_same(tmp_path: Path, architecture: str, spec: str) -> None:
     model = saved_tiny_model(tmp_path / "model", architecture)
@@ -52,18 +54,6 @@ def test_the_bits_are_the_same(tmp_path: Path, architecture: str, spec: str) -> 
     assert contents(streamed.checkpoint(method)) == contents(whole.checkpoint(method))
     assert not streamed.model.is_loaded
     assert streamed.forwards == whole.forwards
-
-
-def test_gguf_files_are_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    model = saved_tiny_model(tmp_path / "model")
-    files = []
-    for stream in ("never", "always"):
-        made = lab(model, tmp_path / stream, stream=stream)
-        files.append(tmp_path / f"{stream}.gguf")
-        made.candidate("gguf:Q4_K_M").save_gguf(files[-1])
-        assert made.model.is_loaded == (stream == "never")
-    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -133,6 +123,30 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, spec: str) -> None:
         # What had been finished before that line is not done again.
         assert [each for each in again if "going on" not in each] == said[line - 1 :]
         assert [path.name for path in store.rglob("*") if path.is_dir() and "." in path.name] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+@pytest.mark.parametrize("part", [0, 1, 4])
+def test_a_part_that_was_being_written_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    model = saved_tiny_model(tmp_path / "model")
+    expected = contents(lab(model, tmp_path / "whole", stream="never").candidate("gptq").checkpoint)
+    parts = iter(range(10))
+
+    def die_half_way(directory: Path, *arguments: Any) -> None:
+        save_checkpoint(directory, *arguments)
+        if next(parts) == part:
+            (directory / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def make(_: Callable[[str], None]) -> None:
+        monkeypatch.setattr("pytest_qlab.streaming.save_checkpoint", die_half_way)
+        lab(model, tmp_path / "s", stream="always").candidate("gptq").checkpoint  # noqa: B018
+
+    assert killed_at(0, make)
+    resumed = lab(model, tmp_path / "s", stream="always").candidate("gptq").checkpoint
+    assert contents(resumed) == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
