@@ -56,6 +56,17 @@ def test_the_bits_are_the_same(tmp_path: Path, architecture: str, spec: str) -> 
     assert streamed.forwards == whole.forwards
 
 
+def test_gguf_files_are_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    files = []
+    for stream in ("never", "always"):
+        made = Lab("embedded", store=tmp_path / stream, stream=stream, threads=1)
+        files.append(tmp_path / f"{stream}.gguf")
+        made.candidate("rtn:symmetric=true:group_size=32").save_gguf(files[-1])
+        assert made.model.is_loaded == (stream == "never")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(FEW)))
