@@ -20,6 +20,7 @@ from benchmarks.quantizers import benchmark_quantizer
 from benchmarks.runs import RunError, benchmark_store, benchmark_workers
 from benchmarks.serial import benchmark_serial
 from benchmarks.settings import Benchmark, available_cores, say
+from benchmarks.streaming import benchmark_streaming
 from benchmarks.suite import benchmark_suite
 from benchmarks.tables import Section, table
 from pytest_qlab import QlabError
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "kernels": benchmark_kernels,
     "disturbance": benchmark_disturbance,
     "serial": benchmark_serial,
+    "streaming": benchmark_streaming,
 }
 
 

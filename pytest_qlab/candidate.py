@@ -137,7 +137,7 @@ class Candidate:
             )
         return write_gguf(
             Path(path),
-            self.lab.loaded,
+            self.lab.described,
             weights={name: layer.weight for name, layer in packed.items()},
             others=checkpoint.others(),
             file_type=str(getattr(self.method, "type", "")),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pytest_qlab.errors import ModelError
@@ -33,6 +33,7 @@ from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.structure import all_linears
+from pytest_qlab.models.tensorfile import join_files, write_tensors
 
 if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
@@ -114,8 +115,19 @@ class Checkpoint:
         return scales
 
 
-def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedModel) -> None:
-    """Write `quantized`, made from `loaded`, into a directory without a checkpoint."""
+def save_checkpoint(
+    directory: Path,
+    quantized: QuantizedModel,
+    loaded: LoadedModel,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `quantized`, made from `loaded`, into a directory without a checkpoint.
+
+    Args:
+        parameters: those of the base model that it is about, if it is a part; all by default.
+    """
+    if parameters is None:
+        parameters = dict(loaded.model.named_parameters())
     packed = {
         f"{kind}.{name}.{part}.{field}": tensor
         for kind, layers in (("layers", quantized.layers), ("embeddings", quantized.embeddings))
@@ -131,25 +143,21 @@ def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedMo
         else parameter.detach()
         .to(quantized.stored_dtype or loaded.storage_dtypes.get(name, parameter.dtype))
         .cpu()
-        for name, parameter in loaded.model.named_parameters()
+        for name, parameter in parameters.items()
         if name not in weights
     }
-    save_file(
-        {key: t.contiguous().cpu() for key, t in {**packed, **others}.items()},
-        directory / MODEL_FILE,
-    )
+    write_tensors(directory / MODEL_FILE, {**packed, **others})
     if quantized.scales:
-        save_file(
+        write_tensors(
+            directory / SCALES_FILE,
             {
-                f"{name}.{kind}": scale.clone()
+                f"{name}.{kind}": scale
                 for name, scales in quantized.scales.items()
                 for kind, scale in scales.items()
             },
-            directory / SCALES_FILE,
         )
     embeddings = quantized.embeddings
     runners = [_module(layer, None, torch.float32) for layer in quantized.layers.values()]
-    parameters = dict(loaded.model.named_parameters())
     index = {
         "layers": {name: describe_layer(layer) for name, layer in quantized.layers.items()},
         "embeddings": {name: describe_layer(layer) for name, layer in quantized.embeddings.items()},
@@ -168,11 +176,42 @@ def save_checkpoint(directory: Path, quantized: QuantizedModel, loaded: LoadedMo
                 **{f"embeddings.{name}": layer_bytes(each) for name, each in embeddings.items()},
                 **{key: tensor.nbytes for key, tensor in others.items()},
             },
-            "parameters": sum(each.numel() for each in parameters.values()),
+            "parameters": sum(each.numel() for each in loaded.model.parameters()),
             "base_bytes": loaded.nbytes,
         },
     }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def join_checkpoints(directory: Path, parts: Sequence[Path]) -> None:
+    """Make one checkpoint of those of a model's parts, whose directories are given in order.
+
+    Nothing but one piece of a tensor is held in memory. The index comes last, in one step.
+    """
+    join_files(directory / MODEL_FILE, [part / MODEL_FILE for part in parts])
+    scales = [file for part in parts if (file := part / SCALES_FILE).exists()]
+    if scales:
+        join_files(directory / SCALES_FILE, scales)
+    found = [json.loads((part / INDEX_FILE).read_text("utf-8")) for part in parts]
+    kernels = {kernel for each in found for kernel in each["kernel"].split(", ") if kernel}
+    sizes = [each["size"] for each in found]
+    index = {
+        "layers": {name: meta for each in found for name, meta in each["layers"].items()},
+        "embeddings": {name: meta for each in found for name, meta in each["embeddings"].items()},
+        "seconds": sum(each["seconds"] for each in found),
+        "forwards": max(each["forwards"] for each in found),
+        "kernel": ", ".join(sorted(kernels)),
+        "wanted_kernels": sorted({name for each in found for name in each["wanted_kernels"]}),
+        "size": {
+            "layers": [layer for size in sizes for layer in size["layers"]],
+            "others": {key: n for size in sizes for key, n in size["others"].items()},
+            "parameters": sizes[0]["parameters"],
+            "base_bytes": sizes[0]["base_bytes"],
+        },
+    }
+    partial = directory / f"{INDEX_FILE}.partial"
+    partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    partial.replace(directory / INDEX_FILE)
 
 
 def layer_bytes(layer: QuantizedLayer) -> int:

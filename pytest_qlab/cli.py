@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--revision", help="revision of a hub model")
     quantize.add_argument("--store", type=Path, metavar="DIR", help="directory of artefacts")
+    quantize.add_argument(
+        "--stream",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="whether to read the model block by block, so that it need not fit in memory "
+        "(default: if it would not)",
+    )
     quantize.add_argument("--trust-remote-code", action="store_true", help="run a model's own code")
     quantize.set_defaults(run=_quantize)
     return parser
@@ -148,6 +155,7 @@ def _quantize(options: argparse.Namespace) -> int:
         calibration=options.calibration,
         revision=options.revision,
         store=options.store,
+        stream=options.stream,
         trust_remote_code=options.trust_remote_code,
         progress=lambda line: print(f"qlab: {line}", file=sys.stderr),
     )

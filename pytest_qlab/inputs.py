@@ -20,7 +20,7 @@ from pytest_qlab.data.windows import (
     looks_of,
     make_windows,
 )
-from pytest_qlab.errors import DataError
+from pytest_qlab.errors import DataError, ModelError
 from pytest_qlab.estimate import CONTIGUOUS
 from pytest_qlab.models.load import (
     LoadedModel,
@@ -30,11 +30,15 @@ from pytest_qlab.models.load import (
     load_model,
     load_tokenizer,
     model_digest,
+    open_lazily,
+    size_of,
 )
 from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from pytest_qlab.models.lazy import LazyModel
 
 WINDOWS_VERSION = 1
 
@@ -127,6 +131,38 @@ class ModelInput:
             )
         return from_memory(
             self._given, self._tokenizer, self.name, dtype=self.dtype, device=self.device
+        )
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return not isinstance(self._given, str) or "loaded" in self.__dict__
+
+    @cached_property
+    def nbytes(self) -> int | None:
+        """Bytes of the weights in the dtype it computes in, from the files' headers; or None."""
+        if not isinstance(self._given, str):
+            return None
+        return size_of(self._given, dtype=self.dtype, revision=self._revision)
+
+    @cached_property
+    def lazy(self) -> LazyModel:
+        """The model, to be read block by block.
+
+        Raises:
+            ModelError: it is in memory already, or cannot be read like that.
+        """
+        if not isinstance(self._given, str):
+            raise ModelError(
+                "A model that is in memory already cannot be read block by block. Give its "
+                "directory, or leave --qlab-stream at auto."
+            )
+        return open_lazily(
+            self._given,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self._revision,
+            trust_remote_code=self._trust,
         )
 
     @cached_property

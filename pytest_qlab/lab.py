@@ -21,7 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
+from pytest_qlab.calibration.sources import (
+    StoredStatistics,
+    write_statistics,
+    write_statistics_streamed,
+)
 from pytest_qlab.candidate import Candidate
 from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from pytest_qlab.errors import SpecError
@@ -44,6 +48,7 @@ from pytest_qlab.models.structure import all_linears
 from pytest_qlab.parallel import one_thread_per_operation
 from pytest_qlab.specs import MethodSpec, parse_specs
 from pytest_qlab.store import Store, content_hash, default_store
+from pytest_qlab.streaming import Streaming, build_streamed
 
 if TYPE_CHECKING:
     from pytest_qlab.data.text import Document
@@ -71,6 +76,8 @@ class Lab:
         threads: windows and sequences that run at the same time; results do not depend on it.
         configurations: named method configurations, as in `[tool.qlab.methods]`.
         simulated_latency: `flag`, `skip` or `fail` where no kernel runs the packed bits.
+        stream: whether quantizing reads the model block by block, so that it need not fit in
+            memory: `auto` where it would not, `always`, or `never`. The bits are the same.
         progress: called with a line of text during long work.
         run_dir: directory shared by the workers of one pytest run.
         options: the rest of what is in `InputOptions`, by keyword.
@@ -91,6 +98,7 @@ class Lab:
         threads: int | None = None,
         configurations: Mapping[str, Mapping[str, Any]] | None = None,
         simulated_latency: str = "flag",
+        stream: str = "auto",
         progress: Callable[[str], None] | None = None,
         run_dir: Path | None = None,
         **options: Any,
@@ -112,6 +120,7 @@ class Lab:
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        self._streaming = Streaming(stream, self.model, self.progress)
         input_options = InputOptions(**options)
         self.evaluation = EvaluationInput(evaluation, self.model, input_options)
         self.calibration_input = CalibrationInput(calibration, self.model, input_options)
@@ -150,6 +159,7 @@ class Lab:
             threads=settings.threads,
             configurations=settings.configurations,
             simulated_latency=settings.simulated_latency,
+            stream=settings.stream,
             progress=progress,
             run_dir=run_dir,
             text_key=settings.text_key,
@@ -177,6 +187,12 @@ class Lab:
     def loaded(self) -> LoadedModel:
         """The model with its tokenizer and the dtypes of its checkpoint."""
         return self.model.loaded
+
+    @property
+    def described(self) -> LoadedModel:
+        """What is known of the model; its weights are not there if it is read block by block."""
+        lazy = self._streaming.lazy()
+        return self.loaded if lazy is None else lazy.loaded
 
     @property
     def tokenizer(self) -> Any:
@@ -287,26 +303,27 @@ class Lab:
             known = [each for each in (True, False) if self._has_statistics(parts, gram=each)]
             gram = known[0] if known else self._gram_bytes() <= LARGE_GRAM_BYTES
         parts["gram"] = gram
+        lazy = self._streaming.lazy()
 
         def build(directory: Path) -> None:
-            forwards = write_statistics(
-                directory,
-                self.base_model,
-                self.calibration.sequences,
-                gram=gram,
-                threads=self.threads,
-                progress=self.progress,
-            )
+            options: Any = {"gram": gram, "threads": self.threads, "progress": self.progress}
+            sequences = self.calibration.sequences
+            if lazy is not None:
+                forwards = write_statistics_streamed(directory, lazy, sequences, **options)
+            else:
+                forwards = write_statistics(directory, self.base_model, sequences, **options)
             self.count_forwards(forwards)
 
-        return self.store.get("statistics", parts, build, StoredStatistics)
+        return self.store.get(
+            "statistics", parts, build, StoredStatistics, resumable=lazy is not None
+        )
 
     def _has_statistics(self, parts: dict[str, Any], *, gram: bool) -> bool:
         return self.store.has("statistics", {**parts, "gram": gram})
 
     def _gram_bytes(self) -> int:
         """At most what the Gram matrices of all layers take."""
-        return sum(4 * site.in_features**2 for site in all_linears(self.base_model))
+        return sum(4 * site.in_features**2 for site in all_linears(self.described.model))
 
     def quantized_identity(self, method: Method) -> dict[str, Any]:
         """What determines a quantized model's bits, as plain JSON types."""
@@ -318,10 +335,25 @@ class Lab:
     def checkpoint(self, method: Method) -> Checkpoint:
         """The model quantized by `method`, built if no process has built it before."""
 
+        lazy = self._streaming.lazy_for(method)
+
         def build(directory: Path) -> None:
             statistics = None
             if method.stream == "original":
                 statistics = self.statistics(gram="gram" in method.wanted_statistics)
+            if lazy is not None:
+                sequences = () if method.stream == "none" else self.calibration.sequences
+                build_streamed(
+                    directory,
+                    lazy,
+                    method,
+                    sequences,
+                    statistics,
+                    threads=self.threads,
+                    progress=self.progress,
+                )
+                self.count_forwards(open_checkpoint(directory).index["forwards"])
+                return
             finished = method.import_model(self.loaded, directory, self.progress, statistics)
             if finished is not None:
                 save_checkpoint(directory, finished, self.loaded)
@@ -337,7 +369,13 @@ class Lab:
             self.count_forwards(quantized.forwards)
             save_checkpoint(directory, quantized, self.loaded)
 
-        return self.store.get("quantized", self.quantized_identity(method), build, open_checkpoint)
+        return self.store.get(
+            "quantized",
+            self.quantized_identity(method),
+            build,
+            open_checkpoint,
+            resumable=lazy is not None,
+        )
 
     @cached_property
     def _environment(self) -> dict[str, Any]:

@@ -46,3 +46,51 @@ def default_store() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "pytest-qlab"
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take without being refused or killed; None if unknown.
+
+    The least of what the machine has free, what the control group has left, and what the limits on
+    address space and data leave of what the process has.
+    """
+    found = [_free_memory(), _group_memory(), *_limited_memory()]
+    return min((max(0, each) for each in found if each is not None), default=None)
+
+
+def _free_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _group_memory() -> int | None:
+    """What version 2 of control groups leaves; pages of files that can be dropped count as left."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(limit) - int(used) + int(facts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def _limited_memory() -> list[int]:
+    """What the soft limits leave of address space and data."""
+    try:
+        import resource
+
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except (ImportError, OSError):
+        return []
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5]))
+    soft = [(resource.getrlimit(which)[0], int(used) * page) for which, used in limits]
+    return [limit - used for limit, used in soft if limit != resource.RLIM_INFINITY]

@@ -129,6 +129,14 @@ OPTIONS = (
         "Windows that one process runs at the same time. Default: cores divided by workers.",
         "N",
     ),
+    Option(
+        "stream",
+        "choice",
+        "auto",
+        "Whether quantizing reads the model block by block from its safetensors files, so that it "
+        "need not fit in memory; auto: if two copies of it would not. The bits are the same.",
+        choices=("auto", "always", "never"),
+    ),
     Option("json", "path", None, "Write the results as JSON.", "FILE"),
     Option("html", "path", None, "Write the results as a stand-alone page.", "FILE"),
     Option("markdown", "path", None, "Write the results as Markdown.", "FILE"),

@@ -51,6 +51,7 @@ class Settings:
     configurations: dict[str, dict[str, Any]] = field(hash=False)
     store: Path
     threads: int
+    stream: str
     json: Path | None
     html: Path | None
     markdown: Path | None

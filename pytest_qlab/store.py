@@ -38,6 +38,7 @@ from pytest_qlab.machine import default_store as default_store
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
+RESUMABLE = "resumable"
 LAYOUT = 1
 _REMEMBERED = (SpecError, ModelError, DataError, MethodError, MetricError, QlabError)
 
@@ -100,6 +101,8 @@ class Store:
         parts: Mapping[str, Any],
         build: Callable[[Path], None],
         load: Callable[[Path], T],
+        *,
+        resumable: bool = False,
     ) -> T:
         """Return the loaded entry, building it first if no process has built it yet.
 
@@ -108,6 +111,8 @@ class Store:
             parts: everything that determines the content, as plain JSON types.
             build: writes the entry's files into the empty directory it is given.
             load: reads them; called without the lock, so it may memory-map.
+            resumable: `build` can go on in the directory that it was killed in, or interrupted; it
+                gets that one then, and leaves in the end only what belongs to the entry.
 
         Raises:
             CorruptEntryError: the files differ from what was written.
@@ -119,7 +124,7 @@ class Store:
         if (entry / MANIFEST).exists():
             self.reused += 1
         else:
-            self._build_once(kind, parts, entry, build)
+            self._build_once(kind, parts, entry, build, resumable=resumable)
         self._verify(entry)
         return load(entry)
 
@@ -157,7 +162,13 @@ class Store:
                 yield parts
 
     def _build_once(
-        self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
+        self,
+        kind: str,
+        parts: Mapping[str, Any],
+        entry: Path,
+        build: Callable[[Path], None],
+        *,
+        resumable: bool,
     ) -> None:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +178,7 @@ class Store:
                     return
                 self._raise_remembered_failure(entry)
                 try:
-                    self._build(kind, parts, entry, build)
+                    self._build(kind, parts, entry, build, resumable=resumable)
                 except QlabError as error:
                     self._remember_failure(entry, error)
                     raise
@@ -180,12 +191,20 @@ class Store:
             raise
 
     def _build(
-        self, kind: str, parts: Mapping[str, Any], entry: Path, build: Callable[[Path], None]
+        self,
+        kind: str,
+        parts: Mapping[str, Any],
+        entry: Path,
+        build: Callable[[Path], None],
+        *,
+        resumable: bool,
     ) -> None:
-        self._discard_abandoned(entry)
         # Not mkdtemp, whose directories no other user of a shared store could read.
-        partial = entry.with_name(f".{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        partial.mkdir()
+        own = RESUMABLE if resumable else f"{os.getpid()}-{secrets.token_hex(4)}"
+        partial = entry.with_name(f".{entry.name}.{own}")
+        self._discard_abandoned(entry, keep=partial)
+        partial.mkdir(exist_ok=resumable)
+        (partial / MANIFEST).unlink(missing_ok=True)
         try:
             started = time.perf_counter()
             build(partial)
@@ -210,16 +229,19 @@ class Store:
             if entry.exists():
                 shutil.rmtree(entry)
             partial.rename(entry)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            failed = isinstance(error, QlabError | OSError) or "No space left" in str(error)
+            if failed or not resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         name = f"{kind}/{entry.name}"
         self.built[name] = self.built.get(name, 0) + 1
         self._verified.add(entry)
 
-    def _discard_abandoned(self, entry: Path) -> None:
+    def _discard_abandoned(self, entry: Path, keep: Path) -> None:
         """Remove what a killed builder of this entry left; the lock says that it is gone."""
         for partial in entry.parent.glob(f".{entry.name}.*"):
-            if partial.is_dir():
+            if partial.is_dir() and partial != keep:
                 shutil.rmtree(partial, ignore_errors=True)
 
     @contextmanager

@@ -8,9 +8,9 @@ sequences and moved on block by block, so that a block can see what quantized bl
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,16 @@ class BlockCall:
 
 
 def capture_calls(
-    model: nn.Module, blocks: Sequence[nn.Module], ids: Sequence[int]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ids: Sequence[int],
+    make: Callable[[tuple[Any, ...], dict[str, Any]], BlockCall] = BlockCall,
 ) -> list[BlockCall]:
-    """Run the model on one sequence and record how each block is called."""
+    """Run the model on one sequence and record how each block is called, with `make`."""
     calls: list[BlockCall] = []
     handles = [
         block.register_forward_pre_hook(
-            lambda _module, args, kwargs: calls.append(BlockCall(args, kwargs)), with_kwargs=True
+            lambda _module, args, kwargs: calls.append(make(args, kwargs)), with_kwargs=True
         )
         for block in blocks
     ]
@@ -116,6 +119,16 @@ def input_groups(block: nn.Module, call: BlockCall, sites: Sequence[LinearSite])
     return groups
 
 
+class States(Protocol):
+    """Hidden states of the sequences in their order, as they are made."""
+
+    def append(self, state: Tensor, /) -> None:
+        """Add the next sequence's."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All of them."""
+
+
 class BlockStream:
     """The hidden states of all calibration sequences in front of one block.
 
@@ -139,9 +152,13 @@ class BlockStream:
         self._calls = capture_calls(model, blocks, sequences[0])
         self._hidden = self._embed(model, blocks[0], sequences)
 
+    def _states(self, index: int) -> States:
+        """An empty place for the hidden states in front of block `index`."""
+        return []
+
     def _embed(
         self, model: nn.Module, first: nn.Module, sequences: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
+    ) -> States:
         here = threading.local()
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,10 +172,13 @@ class BlockStream:
             return hidden
 
         handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+        states = self._states(0)
         try:
-            return list(ordered_map(run, sequences, self._threads))
+            for hidden in ordered_map(run, sequences, self._threads):
+                states.append(hidden)
         finally:
             handle.remove()
+        return states
 
     def call(self, index: int) -> BlockCall:
         """How block `index` is called."""
@@ -215,7 +235,7 @@ class BlockStream:
             for site in sites
         ]
         totals = empty()
-        outputs: list[Tensor] = []
+        outputs = self._states(index + 1)
         try:
             for parts, output in ordered_map(run, self._hidden, self._threads):
                 if advance:
@@ -233,6 +253,7 @@ class BlockStream:
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of block `index`."""
         call = self._calls[index]
-        self._hidden = list(
-            ordered_map(lambda hidden: call(block, hidden), self._hidden, self._threads)
-        )
+        outputs = self._states(index + 1)
+        for output in ordered_map(lambda hidden: call(block, hidden), self._hidden, self._threads):
+            outputs.append(output)
+        self._hidden = outputs

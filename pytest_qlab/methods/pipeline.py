@@ -79,7 +79,7 @@ def quantize_model(
     started = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
         work = copy.deepcopy(model)
-        result = _Pass(work, method, sequences, statistics, threads, progress).run()
+        result = Pass(work, method, sequences, statistics, threads, progress).run()
         originals = dict(model.named_parameters())
         weights = {f"{name}.weight" for name in (*result.layers, *result.embeddings)}
         current = {**dict(work.named_parameters()), **result.changed}
@@ -92,7 +92,7 @@ def quantize_model(
     return result
 
 
-class _Pass:
+class Pass:
     """The working model and what is known while it is quantized."""
 
     def __init__(
@@ -111,55 +111,66 @@ class _Pass:
         self.progress = progress
         self.blocks = decoder_blocks(model)
         self.assigned = method.assign(model)
-        stored = method.stored_dtype
-        self.result = QuantizedModel(
-            layers={}, stored_dtype=None if stored is None else getattr(torch, stored)
-        )
-        modules = [block for _, block in self.blocks]
+        self.result = self.nothing()
         self.stream: BlockStream | None = None
         self.calls: list[BlockCall] | None = None
         self.traces: list[BlockCall] | None = None
         if method.stream != "none" and not sequences:
             raise MethodError(f"{method.id} needs calibration text, and there is none.")
         if method.stream == "quantized":
-            self.stream = BlockStream(model, modules, sequences, threads=threads)
-            self.calls = [self.stream.call(index) for index in range(len(modules))]
+            self.stream = self._open_stream(sequences, threads)
+            self.calls = [self.stream.call(index) for index in range(len(self.blocks))]
             self.result.forwards = self.stream.forwards
         if self._transforms:
             ids = sequences[0][:TRACE_TOKENS] if sequences else _any_tokens(model)
-            self.traces = capture_calls(model, modules, ids)
+            self.traces = self._capture(ids)
             self.calls = self.calls or self.traces
+
+    def nothing(self) -> QuantizedModel:
+        """What is known before anything was quantized."""
+        stored = self.method.stored_dtype
+        return QuantizedModel({}, stored_dtype=None if stored is None else getattr(torch, stored))
 
     @property
     def _transforms(self) -> bool:
         return type(self.method).transform_block is not Method.transform_block
 
+    def _open_stream(self, sequences: Sequence[Sequence[int]], threads: int) -> BlockStream:
+        modules = [block for _, block in self.blocks]
+        return BlockStream(self.model, modules, sequences, threads=threads)
+
+    def _capture(self, ids: Sequence[int]) -> list[BlockCall]:
+        return capture_calls(self.model, [block for _, block in self.blocks], ids)
+
     def run(self) -> QuantizedModel:
         for index, (name, block) in enumerate(self.blocks):
-            self.progress(f"{self.method.id}: block {index + 1}/{len(self.blocks)}")
-            context = self._context(index, name, block)
-            if self._transforms:
-                self.method.transform_block(context)
-            by_name = {layer.name: layer for layer in context.layers}
-            for batch in self.method.groups_of(context):
-                layers = [by_name[layer] for layer in batch]
-                if self.stream is not None:
-                    self._collect(index, block, layers)
-                self._quantize(layers)
-            if self.stream is not None and index + 1 < len(self.blocks):
-                self.stream.advance(index, block)
-            set_materialized(block, False)
-        self._quantize_embeddings()
-        return self.result
-
-    def _quantize_embeddings(self) -> None:
+            self.run_block(index, name, block)
         for name, method in self.assigned.items():
             if name not in self.result.layers:
-                self.progress(f"{self.method.id}: {name}")
-                weight = self.model.get_submodule(name).get_parameter("weight")
-                copy_of_it = weight.detach().to(torch.float32, copy=True)
-                check_weight(copy_of_it, name)
-                self.result.embeddings[name] = method.quantize(copy_of_it, None, name=name)
+                self.quantize_embedding(name, method)
+        return self.result
+
+    def run_block(self, index: int, name: str, block: nn.Module) -> None:
+        self.progress(f"{self.method.id}: block {index + 1}/{len(self.blocks)}")
+        context = self._context(index, name, block)
+        if self._transforms:
+            self.method.transform_block(context)
+        by_name = {layer.name: layer for layer in context.layers}
+        for batch in self.method.groups_of(context):
+            layers = [by_name[layer] for layer in batch]
+            if self.stream is not None:
+                self._collect(index, block, layers)
+            self._quantize(layers)
+        if self.stream is not None and index + 1 < len(self.blocks):
+            self.stream.advance(index, block)
+        set_materialized(block, False)
+
+    def quantize_embedding(self, name: str, method: Method) -> None:
+        self.progress(f"{self.method.id}: {name}")
+        weight = self.model.get_submodule(name).get_parameter("weight")
+        copy_of_it = weight.detach().to(torch.float32, copy=True)
+        check_weight(copy_of_it, name)
+        self.result.embeddings[name] = method.quantize(copy_of_it, None, name=name)
 
     def _context(self, index: int, name: str, block: nn.Module) -> BlockContext:
         sites = quantizable_linears(block, name)

@@ -51,19 +51,24 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ModelError(
-                f"The weights of the model {source!r} are not all finite: {name} holds {bad} "
-                f"values that are NaN or infinite, of {value.numel()}. If it was saved in float16 "
-                "it may have overflowed: save it in bfloat16 or float32, or download it again."
-            )
-    _check_vocabulary(model, tokenizer, source)
+        check_finite(name, value, source)
+    check_vocabulary(model, tokenizer, source)
     unfuse_experts(model)
     _check_no_look_ahead(model, source)
 
 
-def _check_vocabulary(
+def check_finite(name: str, value: Tensor, source: str) -> None:
+    """No value of a parameter may be NaN or infinite."""
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ModelError(
+            f"The weights of the model {source!r} are not all finite: {name} holds {bad} "
+            f"values that are NaN or infinite, of {value.numel()}. If it was saved in float16 "
+            "it may have overflowed: save it in bfloat16 or float32, or download it again."
+        )
+
+
+def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
 ) -> None:
     """No ordinary token may lie outside the embedding; added special tokens are never produced."""

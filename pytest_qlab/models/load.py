@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from pytest_qlab.errors import ModelError, did_you_mean
-from pytest_qlab.models.checks import check_causal, prepare
+from pytest_qlab.models.checks import check_causal, check_vocabulary, prepare
 from pytest_qlab.models.digest import digest_of, digest_of_directory
+from pytest_qlab.models.lazy import LazyModel, skeleton, stored_tensors
 from pytest_qlab.models.source import (
     EMBEDDED,
     checkpoint_dtypes,
     read_config,
     resolve,
+    weight_files,
 )
 
 # transformers takes seconds to import, and a run that finds everything in the store needs none of
@@ -38,6 +40,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_digest",
+    "open_lazily",
+    "size_of",
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,6 +137,60 @@ def load_model(
     )
 
 
+def open_lazily(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LazyModel:
+    """Open a model whose weights are read where they are used; arguments as for `load_model`.
+
+    That its weights are finite is checked as they are read. That it is causal is not checked,
+    since that takes a forward pass.
+
+    Raises:
+        ModelError: whatever is wrong with the model, or with reading it part by part.
+    """
+    compute = _dtype(dtype)
+    where = _device(device)
+    directory = resolve(source, revision)
+    check_causal(read_config(directory, source), source, trust_remote_code)
+    tensors = stored_tensors(directory, source)
+    tokenizer = _load_tokenizer(directory, source, trust_remote_code)
+    config = _load_config(directory, source, trust_remote_code)
+    with _quiet():
+        model = skeleton(config, compute, tensors, trust_remote_code)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(where)
+    check_vocabulary(model, tokenizer, source)
+    stored = {name: each.dtype for name, each in tensors.items()}
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=source,
+        digest=digest_of_directory(directory, source),
+        storage_dtypes=_storage_dtypes(model, stored, compute),
+    )
+    return LazyModel(loaded, where, tensors)
+
+
+def size_of(source: str, *, dtype: str, revision: str | None = None) -> int | None:
+    """Bytes of a model's weights in a dtype; None where they are no safetensors files.
+
+    Raises:
+        ModelError: there is no such model, or a file is damaged.
+    """
+    directory = resolve(source, revision)
+    if weight_files(directory, source)[0].suffix != ".safetensors":
+        return None
+    stored = stored_tensors(directory, source).values()
+    return sum(each.nbytes // each.dtype.itemsize for each in stored) * _dtype(dtype).itemsize
+
+
 def from_memory(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -193,20 +251,9 @@ def context_length(
     if not isinstance(source, str):
         config = source.config
     else:
-        from transformers import AutoConfig
-
         directory = resolve(source, revision)
         check_causal(read_config(directory, source), source, trust_remote_code)
-        with _quiet():
-            try:
-                config = AutoConfig.from_pretrained(
-                    directory, trust_remote_code=trust_remote_code, local_files_only=True
-                )
-            except Exception as error:  # whatever the configuration's code makes of a wrong file
-                raise ModelError(
-                    f"The config.json of the model {source!r} cannot be used: {_first_line(error)} "
-                    "Download or save the model again."
-                ) from error
+        config = _load_config(directory, source, trust_remote_code)
     length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
@@ -256,6 +303,21 @@ def _no_device(name: str, error: Exception) -> ModelError:
         f"The device {name!r} cannot be used: {_first_line(error)} Give cpu, or a device that "
         "this machine and this build of torch have."
     )
+
+
+def _load_config(directory: Path, source: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    with _quiet():
+        try:
+            return AutoConfig.from_pretrained(
+                directory, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # whatever the configuration's code makes of a wrong file
+            raise ModelError(
+                f"The config.json of the model {source!r} cannot be used: {_first_line(error)} "
+                "Download or save the model again."
+            ) from error
 
 
 def _load_tokenizer(

@@ -198,3 +198,68 @@ def test_entries_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert store.path("kind", PARTS).stat().st_mode & 0o777 == 0o755
+
+
+def crash(error: BaseException) -> Callable[[Path], None]:
+    """Leaves a piece of work, then ends like that."""
+
+    def build(directory: Path) -> None:
+        (directory / "piece").write_text("half", encoding="utf-8")
+        raise error
+
+    return build
+
+
+def finish(seen: list[str]) -> Callable[[Path], None]:
+    """Notes the pieces that are there, and makes an entry of them."""
+
+    def build(directory: Path) -> None:
+        seen.extend(sorted(path.name for path in directory.iterdir()))
+        (directory / "piece").unlink(missing_ok=True)
+        write("whole")(directory)
+
+    return build
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_a_resumable_build_goes_on_where_it_was_interrupted(
+    tmp_path: Path, error: BaseException
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(type(error)):
+        Store(tmp_path).get("kind", PARTS, crash(error), read, resumable=True)
+    assert not Store(tmp_path).has("kind", PARTS)
+    assert Store(tmp_path).get("kind", PARTS, finish(seen), read, resumable=True) == "whole"
+    assert seen == ["piece"]
+    entry = Store(tmp_path).path("kind", PARTS)
+    assert [path for path in entry.parent.iterdir() if path.is_dir()] == [entry]
+
+
+@pytest.mark.parametrize("error", [MethodError("no"), OSError(errno.ENOSPC, "full")])
+def test_a_resumable_build_that_failed_begins_anew(tmp_path: Path, error: Exception) -> None:
+    seen: list[str] = []
+    with pytest.raises((MethodError, StoreFullError)):
+        Store(tmp_path).get("kind", PARTS, crash(error), read, resumable=True)
+    assert Store(tmp_path).get("kind", PARTS, finish(seen), read, resumable=True) == "whole"
+    assert seen == []
+
+
+def test_another_kind_of_build_discards_what_could_be_resumed(tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get("kind", PARTS, crash(KeyboardInterrupt()), read, resumable=True)
+    assert Store(tmp_path).get("kind", PARTS, finish(seen), read) == "whole"
+    assert seen == []
+    entry = Store(tmp_path).path("kind", PARTS)
+    assert [path for path in entry.parent.iterdir() if path.is_dir()] == [entry]
+
+
+def test_a_build_killed_before_it_was_put_in_place_is_whole_when_resumed(tmp_path: Path) -> None:
+    def killed(directory: Path) -> None:
+        (directory / MANIFEST).write_text("{}", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get("kind", PARTS, killed, read, resumable=True)
+    Store(tmp_path).get("kind", PARTS, write("whole"), read, resumable=True)
+    assert Store(tmp_path).get("kind", PARTS, write("other"), read) == "whole"
