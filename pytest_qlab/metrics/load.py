@@ -50,6 +50,25 @@ def drive(
     return _Driver(server, load, prompts, tokens, limits or Limits(), seed).run()
 
 
+def unique_prompts(words: int, count: int = 2000) -> list[str]:
+    """Prose of so many words, each with another beginning, so that no cache of prefixes helps.
+
+    Raises:
+        MetricError: fewer than 1 word is asked for.
+    """
+    from pytest_qlab.data.text import load_documents
+
+    if words < 1:
+        raise MetricError(f"A prompt has 1 word or more, not {words}.")
+    documents = load_documents("prose", split="evaluation")
+    text = " ".join(document.text for document in documents).split()
+    starts = (number * words % max(1, len(text) - words) for number in range(count))
+    return [
+        " ".join([f"{number}.", *text[start : start + words - 1]][:words])
+        for number, start in enumerate(starts)
+    ]
+
+
 class _Driver:
     def __init__(
         self,

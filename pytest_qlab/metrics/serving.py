@@ -68,6 +68,18 @@ class Load:
         return f"closed{self.concurrency}" if self.rate is None else f"poisson{self.rate:g}"
 
 
+def loads_named(concurrency: str | None, rate: str | None) -> list[Load]:
+    """The loads of two lists such as `1,2,4,8` and `0.5,2`; the former if neither is given.
+
+    Raises:
+        MetricError: something in them is no load.
+    """
+    clients = concurrency if concurrency or rate else "1,2,4,8"
+    names = [each.strip() for each in (clients or "").split(",") if each.strip()]
+    rates = [f"rate={each.strip()}" for each in (rate or "").split(",") if each.strip()]
+    return [Load.named(name) for name in (*names, *rates)]
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a run ends: requests that count, those before them, seconds, and failures it bears."""

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 FIXTURES = frozenset({"quantized", "baseline", "qlab"})
-TIMED = frozenset({"latency", "throughput"})
+# `load` alone would name too much else, such as `json.load`.
+TIMED = frozenset({"latency", "throughput", "serving", "first_generation", "cold", "warm"})
 BASELINE = "none"
 
 
@@ -52,7 +53,7 @@ def is_exclusive(item: pytest.Item) -> bool:
     """Whether the test must run alone: it is marked so, or its code mentions latency.
 
     `@pytest.mark.qlab_exclusive` and `@pytest.mark.qlab(exclusive=...)` decide. Without them, a
-    test of a candidate whose own code names `latency` or `throughput` counts as exclusive.
+    test of a candidate whose own code names `latency` or another measure of speed counts as exclusive.
     """
     for marker in item.iter_markers("qlab"):
         if "exclusive" in marker.kwargs:
