@@ -433,7 +433,8 @@ class Candidate:
             return self._from(self._layer_errors.total.estimates(self.id), metric)
         if metric in _DEFERRED:
             return _DEFERRED[metric](self)
-        if split_domain(metric)[1] and not metric.startswith(END_TO_END):  # Of all windows, however few an assertion has drawn so far.
+        if split_domain(metric)[1] and not metric.startswith(END_TO_END):
+            # Of all windows, however few an assertion has drawn so far.
             return self._from(self.fidelity.estimates(), metric)
         _ = self.checkpoint  # which notes the sizes
         if metric not in self._measured:

@@ -123,9 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K,K,...",
         help="closed loops of so many clients (default: 1,2,4,8, if no rate is given)",
     )
-    bench.add_argument("--rate", metavar="R,R,...", help="open loops of so many requests a second")
+    bench.add_argument("--rate", metavar="R,R,...", help="open loops of so many a second")
     bench.add_argument("--requests", type=int, default=320, help="of each load (default: 320)")
-    bench.add_argument("--seconds", type=float, default=300.0, help="most for a load (default: 300)")
+    bench.add_argument(
+        "--seconds", type=float, default=300.0, help="most for a load (default: 300)"
+    )
     bench.add_argument("--prompt-words", type=int, default=96, help="of a prompt (default: 96)")
     bench.add_argument("--tokens", type=int, default=64, help="to generate (default: 64)")
     bench.add_argument("--timeout", type=float, default=60.0, help="seconds without any data")

@@ -111,7 +111,7 @@ def continuous_batching(
         allow_block_sharing=False,
         auto_switch_to_flash=False,
     )
-    generation = GenerationConfig(
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     with _quiet():

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -177,8 +178,9 @@ class Stream:
                     self._seen.append(total)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"sent an event that is no streamed completion: {_cut(data.decode(errors='replace'))}"
-                ". A server with OpenAI's /v1/completions is expected."
+                "sent an event that is no streamed completion: "
+                f"{_cut(data.decode(errors='replace'))}. A server with OpenAI's /v1/completions is "
+                "expected."
             ) from error
         self._usage = usage or self._usage
 
@@ -198,7 +200,7 @@ class Stream:
         if total is not None and None not in self._seen:
             # The server counted at every chunk.
             known = [0, *(n for n in self._seen if n is not None)]
-            counts = [b - a for a, b in zip(known, known[1:], strict=False)]
+            counts = [b - a for a, b in pairwise(known)]
         elif total is not None and total != chunks:
             counts = [total * (n + 1) // chunks - total * n // chunks for n in range(chunks)]
         if sum(counts) < 1 or min(counts) < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 
@@ -61,7 +62,7 @@ class Reply:
     @property
     def gaps(self) -> list[float]:
         """Inter-token latencies: times between chunks that follow each other."""
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.times)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

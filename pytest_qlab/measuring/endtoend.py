@@ -298,7 +298,7 @@ def generation(
     """A greedy generation of exactly that many tokens from `ids` [1, n], which times itself."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,

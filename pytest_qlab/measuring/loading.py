@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_qlab.checkpoint import instantiate, open_checkpoint
-from pytest_qlab.models.experts import unfuse_experts
+from pytest_qlab.models.experts import is_fused, unfuse_experts
 from pytest_qlab.models.load import DTYPES
 from pytest_qlab.parallel import one_thread_per_operation
 
@@ -32,21 +32,29 @@ def load(config: Path, checkpoint: Path, *, dtype: str, device: str) -> nn.Modul
     Args:
         config: directory with the base model's config.json.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with torch.no_grad(), no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(config), dtype=DTYPES[dtype]
-        )
+    model = empty_model(config, dtype)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for module in model.modules():
+        if is_fused(module):  # The check of what they compute must not meet a NaN.
+            for parameter in module.parameters():
+                parameter.zero_()
     unfuse_experts(model)
     loaded = instantiate(open_checkpoint(checkpoint), model.to(device))
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         touch(tensor)
     return loaded
+
+
+def empty_model(config: Path, dtype: str) -> Any:
+    """A model with the configuration's structure, whose weights are whatever was in memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    known = AutoConfig.from_pretrained(config)
+    with torch.no_grad(), no_init_weights():
+        return AutoModelForCausalLM.from_config(known, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
 
 
 def touch(tensor: Tensor) -> None:
@@ -70,8 +78,8 @@ def main() -> None:
     """Load what standard input describes; print seconds of the load and of first tokens."""
     given = json.load(sys.stdin)
     one_thread_per_operation()
-    from transformers import AutoModelForCausalLM  # noqa: F401  (its import is not part of loading)
-
+    with torch.device("meta"):  # Imports the architecture's code, which is no part of loading.
+        empty_model(Path(given["config"]), given["dtype"])
     started = time.perf_counter()
     model = load(
         Path(given["config"]),

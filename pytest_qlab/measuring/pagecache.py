@@ -35,14 +35,11 @@ def cached_share(path: Path) -> float | None:
         return None
     pages = -(-size // mmap.PAGESIZE)
     seen = (ctypes.c_ubyte * pages)()
-    with path.open("rb") as stream:
-        # A private mapping that may be written, because ctypes takes no address of another.
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as view:
-            anchor = ctypes.c_char.from_buffer(view)
-            try:
-                failed = mincore(
-                    ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), seen
-                )
-            finally:
-                del anchor
+    # A private mapping that may be written, because ctypes takes no address of another.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        anchor = ctypes.c_char.from_buffer(view)
+        try:
+            failed = mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), seen)
+        finally:
+            del anchor  # An address that is still taken would keep the mapping open.
     return None if failed else sum(1 for page in seen if page & 1) / pages

@@ -122,9 +122,8 @@ class ServingRun:
     @property
     def measured(self) -> tuple[Reply, ...]:
         """The replies that count, without those that failed."""
-        return tuple(
-            each for each in self.replies if self.first <= each.number < self.last and not each.error
-        )
+        counted = range(self.first, self.last)
+        return tuple(each for each in self.replies if each.number in counted and not each.error)
 
     @property
     def failed(self) -> int:

@@ -67,8 +67,8 @@ class PairedThroughput:
         if len(quiet) < FEWEST_ROUNDS:
             raise NotMeasuredError(
                 f"Throughput was not measured: {len(quiet)} rounds were made in the time there "
-                f"was, and an interval takes {FEWEST_ROUNDS}. Measure a smaller model here, or on a "
-                "faster machine."
+                f"was, and an interval takes {FEWEST_ROUNDS}. Measure a smaller model here, or on "
+                "a faster machine."
             )
         return quiet
 

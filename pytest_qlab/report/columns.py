@@ -348,7 +348,12 @@ KNOWN: tuple[Column, ...] = (
     ),
     _speed("throughput.prefill", "Prefill", "prefill", 16, "tokens of a prompt per second"),
     _speed(
-        "throughput.decode", "Decode", "decode", 14, "tokens per second after the first", primary=True
+        "throughput.decode",
+        "Decode",
+        "decode",
+        14,
+        "tokens per second after the first",
+        primary=True,
     ),
     _speed("throughput.prefill_ratio", "Prefill ratio", "x prefill", 32, "over the baseline's"),
     _speed(

@@ -65,7 +65,11 @@ def document(runs: Sequence[ServingRun], endpoint: str, model: str) -> dict[str,
 
 def render_runs(runs: Sequence[ServingRun], model: str) -> str:
     """A table for the terminal, and below it what has to be known to read it."""
-    head = ["load", "requests", *(f"{w} p{100 * q:.0f}" for w in ("ttft", "tpot") for q in QUANTILES)]
+    head = [
+        "load",
+        "requests",
+        *(f"{w} p{100 * q:.0f}" for w in ("ttft", "tpot") for q in QUANTILES),
+    ]
     lines = [[*head, "tokens/s"]]
     notes: list[str] = []
     for run in runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pytest_qlab.stats.distributions import t_quantile
 
@@ -40,8 +41,8 @@ def is_growing(
     if len(times) < blocks:
         return False
     edges = [number * len(times) // blocks for number in range(blocks + 1)]
-    x = [_mean(times[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-    y = [_mean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    x = [_mean(times[a:b]) for a, b in pairwise(edges)]
+    y = [_mean(values[a:b]) for a, b in pairwise(edges)]
     middle, level_of_y = _mean(x), _mean(y)
     spread = sum((each - middle) ** 2 for each in x)
     if spread == 0:

@@ -53,7 +53,8 @@ def is_exclusive(item: pytest.Item) -> bool:
     """Whether the test must run alone: it is marked so, or its code mentions latency.
 
     `@pytest.mark.qlab_exclusive` and `@pytest.mark.qlab(exclusive=...)` decide. Without them, a
-    test of a candidate whose own code names `latency` or another measure of speed counts as exclusive.
+    test of a candidate whose own code names `latency` or another measure of speed counts as
+    exclusive.
     """
     for marker in item.iter_markers("qlab"):
         if "exclusive" in marker.kwargs:

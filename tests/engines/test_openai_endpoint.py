@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
+
+from pytest_qlab.cli import main
+from pytest_qlab.engines.openai_endpoint import Endpoint, Stream
+from pytest_qlab.engines.server import Reply, Request
+from pytest_qlab.errors import EngineError
+from pytest_qlab.metrics.load import drive, unique_prompts
+from pytest_qlab.metrics.serving import Limits, Load
 from tests.engines.completions_server import (
     Exchange,
     Handler,
@@ -20,19 +29,14 @@ from tests.engines.completions_server import (
     usage,
 )
 
-from pytest_qlab.cli import main
-from pytest_qlab.engines.openai_endpoint import Endpoint, Stream
-from pytest_qlab.engines.server import Reply, Request
-from pytest_qlab.errors import EngineError
-from pytest_qlab.metrics.load import drive, unique_prompts
-from pytest_qlab.metrics.serving import Limits, Load
-
 FOREVER = float("inf")
 
 
-def ask(handle: Handler, *, tokens: int = 4, clock: SharedClock | None = None, **options: Any) -> Reply:
+def ask(
+    handle: Handler, *, tokens: int = 4, clock: Callable[[], float] = perf_counter, **options: Any
+) -> Reply:
     with serving(handle) as url:
-        endpoint = Endpoint(url, "m", **({"clock": clock} if clock else {}), **options)
+        endpoint = Endpoint(url, "m", clock=clock, **options)
         endpoint.send(Request(3, "Once upon", tokens))
         reply = endpoint.wait(FOREVER)
     assert reply is not None
@@ -176,7 +180,10 @@ def test_refusals_carry_what_the_server_says_and_a_remedy(status: int, hint: str
         ([text("a")], "broke the stream off after 1 chunks"),
         ([], "broke the stream off after 0 chunks"),
         ([text("a"), final(2, 0), "[DONE]"], "counted 0 tokens in 1 chunks"),
-        ([text("a", usage=usage(2, 3)), text("b", usage=usage(2, 1)), "[DONE]"], "counted 1 tokens"),
+        (
+            [text("a", usage=usage(2, 3)), text("b", usage=usage(2, 1)), "[DONE]"],
+            "counted 1 tokens",
+        ),
     ],
 )
 def test_streams_that_are_none(events: list[Any], message: str) -> None:
@@ -186,7 +193,11 @@ def test_streams_that_are_none(events: list[Any], message: str) -> None:
 
 def test_a_server_that_says_nothing_is_given_up() -> None:
     release = threading.Event()
-    reply = ask(lambda exchange: bool(release.wait(1)) and None, timeout=0.05)
+
+    def silent(exchange: Exchange) -> None:
+        release.wait(10)
+
+    reply = ask(silent, timeout=0.05)
     release.set()
     assert "sent nothing for 0.05 seconds" in reply.error
 
@@ -233,11 +244,9 @@ def test_the_command_measures_each_load(tmp_path: Path, capsys: pytest.CaptureFi
 
     out = tmp_path / "bench.json"
     with serving(handle) as url:
-        status = main(
-            ["serve-bench", "--endpoint", url, "--model", "m", "--concurrency", "1,2"]
-            + ["--rate", "100", "--requests", "6", "--tokens", "3", "--prompt-words", "5"]
-            + ["--json", str(out)]
-        )
+        arguments = f"serve-bench --endpoint {url} --model m --concurrency 1,2 --rate 100"
+        lengths = "--requests 6 --tokens 3 --prompt-words 5 --json"
+        status = main([*arguments.split(), *lengths.split(), str(out)])
     assert status == 0
     written = json.loads(out.read_text("utf-8"))
     assert (written["schema"], written["version"], written["model"]) == ("qlab-serve-bench", 1, "m")

@@ -6,12 +6,12 @@ import math
 import random
 
 import pytest
-from tests.metrics.server_simulator import SimulatedServer
 
 from pytest_qlab.engines.server import Reply
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.metrics.load import drive
 from pytest_qlab.metrics.serving import Limits, Load, Serving, ServingRun
+from tests.metrics.server_simulator import SimulatedServer
 
 PROMPTS = [(1, 2, 3), (4, 5, 6)]
 
@@ -57,7 +57,7 @@ def test_closed_loop_of_as_many_clients_as_slots(clients: int) -> None:
     assert run.stopped == "requests"
     assert len(run.measured) == 320
     assert run.drift == 1
-    # Each client gets 9 tokens in 0.5 + 8 * 0.125 seconds, and the measured time holds whole rounds.
+    # Each client gets 9 tokens in 0.5 + 8 * 0.125 seconds; the measured time holds whole rounds.
     assert found.tokens_per_second == pytest.approx(clients * 9 / 1.5)
     low, high = found.tokens_per_second.lower, found.tokens_per_second.upper
     assert low is not None
