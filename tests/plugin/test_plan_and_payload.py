@@ -65,6 +65,10 @@ import pytest
 def test_fast(quantized): assert quantized.latency.p50 < 1
 def test_inner(quantized): assert all(c.throughput > 1 for c in [quantized])
 def test_quality(quantized): assert quantized.perplexity_delta < 1
+def test_served(quantized): assert quantized.serving(4).ttft.p90 < 1
+def test_cold(quantized): assert quantized.load.cold < 1
+def test_first(quantized): assert quantized.first_generation < 1
+def test_file(quantized): import json; json.load(quantized)
 def test_unrelated(): latency = 3; print(latency)
 def test_words(): print(int.latency)
 
@@ -88,7 +92,8 @@ class TestClass:
 def test_exclusive_tests_are_recognised(pytester: pytest.Pytester) -> None:
     items: list[Any] = pytester.getitems(EXCLUSIVE)
     found = {item.originalname for item in items if is_exclusive(item)}
-    assert found == {"test_fast", "test_inner", "test_marked", "test_method"}
+    of_candidates = {"test_fast", "test_inner", "test_served", "test_cold", "test_first"}
+    assert found == {*of_candidates, "test_marked", "test_method"}
 
 
 def test_the_plan_groups_tests_by_candidate(pytester: pytest.Pytester) -> None:
