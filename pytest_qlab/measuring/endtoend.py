@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ CHILD_SECONDS = 1800.0
 COLD_SHARE = 0.05
 """A load is cold if at most this share of the checkpoint was still in memory."""
 OPEN_LOOP_BATCH = 32
+MOST_WAITING = 0.1
+"""A server is disturbed if its threads waited for a core for more than this share of the time."""
 LOADING_VERSION = THROUGHPUT_VERSION = SERVING_VERSION = 1
 
 
@@ -361,6 +364,19 @@ def measure_throughput(candidate: Candidate) -> Throughput:
 # Under load
 
 
+def waited_ns(threads: Path = Path("/proc/self/task")) -> int:
+    """How long this process's threads were ready to run and had no core; 0 where nobody tells.
+
+    Args:
+        threads: where Linux keeps what it knows of each.
+    """
+    total = 0
+    for file in threads.glob("*/schedstat"):
+        with suppress(OSError):  # The thread has ended.
+            total += int(file.read_text(encoding="ascii").split()[1])
+    return total
+
+
 def measure_serving(
     candidate: Candidate, load: Load, *, prompt: int, tokens: int, limits: Limits
 ) -> Serving:
@@ -397,7 +413,15 @@ def measure_serving(
             ) as server,
         ):
             lab.progress(f"{candidate.id}: serving, {load}")
-            return drive(server, load, prompts, tokens, limits).to_dict()
+            started, waited = time.perf_counter_ns(), waited_ns()
+            found = drive(server, load, prompts, tokens, limits)
+            share = (waited_ns() - waited) / (time.perf_counter_ns() - started)
+        if share > MOST_WAITING:  # A disturbed measurement is raised over, not stored.
+            raise NotMeasuredError(
+                f"Serving was not measured: for {share:.0%} of the time, other processes held the "
+                "CPU that the server was ready to use. Run on a quiet machine, or stop other work."
+            )
+        return found.to_dict()
 
     run = ServingRun.from_dict(lab.store.json("serving", parts, compute))
     convention = f"{load}, {prompt}+{tokens} tokens"

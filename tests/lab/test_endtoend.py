@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -187,7 +187,10 @@ def test_pages_that_are_mapped_are_touched() -> None:
 # Serving
 
 
-def test_serving_is_kept_and_named_by_its_load(tmp_path: Path) -> None:
+def test_serving_is_kept_and_named_by_its_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endtoend, "waited_ns", lambda: 0)
     lab = tiny_lab(tmp_path)
     candidate = lab.candidate("rtn")
     found = candidate.serving(2, prompt_tokens=8, new_tokens=3, requests=6, max_seconds=600)
@@ -234,20 +237,48 @@ class Instant:
         return Reply(request.number, self.time - 1, times, (1,) * request.tokens)
 
 
+class Serve:
+    """In the place of continuous batching; what it was asked for is kept."""
+
+    asked: ClassVar[list[tuple[int, int, int]]] = []
+
+    def __init__(self, model: object, *, requests: int, prompt: int, tokens: int) -> None:
+        self.asked.append((requests, prompt, tokens))
+
+    def __enter__(self) -> Instant:
+        return Instant()
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_a_disturbed_server_is_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endtoend, "continuous_batching", Serve)
+    waited = iter([0, 10**15, 0, 0])  # By far more than the time that this test takes; then none.
+    monkeypatch.setattr(endtoend, "waited_ns", lambda: next(waited))
+    candidate = tiny_lab(tmp_path).candidate("rtn")
+    with pytest.raises(NotMeasuredError, match="other processes held the CPU"):
+        candidate.serving(2)
+    assert candidate.serving(2).ttft.p50 == 1.0, "a disturbance was remembered"
+
+
+def test_the_wait_for_a_core_is_that_of_all_threads(tmp_path: Path) -> None:
+    for thread, line in (("1", "900 250 3\n"), ("2", "70 50 1\n")):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(line)
+    (tmp_path / "3").mkdir()
+    assert endtoend.waited_ns(tmp_path) == 300
+    assert endtoend.waited_ns(tmp_path / "none") == 0
+
+
 def test_names_of_measures_lead_to_their_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Serve:
-        def __init__(self, model: object, *, requests: int, prompt: int, tokens: int) -> None:
-            asked.append((requests, prompt, tokens))
-
-        def __enter__(self) -> Instant:
-            return Instant()
-
-        def __exit__(self, *error: object) -> None: ...
-
-    asked: list[tuple[int, int, int]] = []
+    asked = Serve.asked
+    asked.clear()
     monkeypatch.setattr(endtoend, "continuous_batching", Serve)
+    monkeypatch.setattr(endtoend, "waited_ns", lambda: 0)
     candidate = tiny_lab(tmp_path).candidate("rtn")
     prompt, tokens = endtoend._lengths(candidate.lab, 64, 32)
     assert candidate["serving.ttft.p50[1]"] == 1.0
