@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.checkpoint import Checkpoint, instantiate
 from pytest_qlab.decision import Look
-from pytest_qlab.directions import split_domain
+from pytest_qlab.directions import END_TO_END, split_domain
 from pytest_qlab.errors import MethodError, MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.gate.deferred import DeferredKl, deferred
 from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
 from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
+from pytest_qlab.measuring.endtoend import (
+    Loading,
+    Throughput,
+    measure_loading,
+    measure_serving,
+    measure_throughput,
+)
 from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
 from pytest_qlab.measuring.memory import Memory
@@ -30,6 +37,7 @@ from pytest_qlab.measuring.runnable import (
 )
 from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
+from pytest_qlab.metrics.serving import Limits, Load, Serving
 from pytest_qlab.results import CandidateResult, LayerRow, Measure
 from pytest_qlab.store import content_hash
 
@@ -350,6 +358,74 @@ class Candidate:
         """
         return Latency(self)
 
+    # --- end to end ------------------------------------------------------------------------
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        """Tokens per second: `prefill`, `decode`, `prefill_ratio`, `decode_ratio`; paired."""
+        found = measure_throughput(self)
+        self.note(found.estimates)
+        return found
+
+    @cached_property
+    def load(self) -> Loading:
+        """`load.cold` and `load.warm`: seconds from disk to a model that can generate."""
+        found = measure_loading(self)
+        self.note(found.estimates)
+        return found
+
+    @property
+    def first_generation(self) -> Estimate:
+        """Seconds of the first token of the first call of a freshly loaded model."""
+        return self.load.first_generation
+
+    def serving(
+        self,
+        concurrency: int | None = None,
+        *,
+        rate: float | None = None,
+        prompt_tokens: int = 64,
+        new_tokens: int = 32,
+        requests: int = 320,
+        max_seconds: float = 60.0,
+    ) -> Serving:
+        """The candidate under load, served by transformers' continuous batching.
+
+        Args:
+            concurrency: so many clients, each of which sends its next request when its last is
+                complete; 1 if no rate is given either.
+            rate: instead, requests per second, at the times of a Poisson process.
+            prompt_tokens, new_tokens: of each request; shorter where the context is.
+            requests: how many count, after a warm-up; p99 takes 299.
+            max_seconds: requests that are sent after this do not count.
+
+        Raises:
+            NotMeasuredError: the time ran out before any request counted.
+            MetricError: the load is none, or more than can be served.
+            EngineError: continuous batching cannot run this model.
+        """
+        if concurrency is None and rate is None:
+            concurrency = 1
+        found = measure_serving(
+            self,
+            Load(concurrency, rate),
+            prompt=prompt_tokens,
+            tokens=new_tokens,
+            limits=Limits(requests=requests, seconds=max_seconds),
+        )
+        self.note(found.estimates)
+        return found
+
+    def _end_to_end(self, metric: str) -> Estimate:
+        """A measure of speed end to end by its name, such as `serving.ttft.p50[4]`."""
+        base, name = split_domain(metric)
+        if base.startswith("serving."):
+            load = Load.named(name)
+            return self.serving(load.concurrency, rate=load.rate)[metric]
+        if base.startswith("throughput."):
+            return self._from(self.throughput.estimates, metric)
+        return self.load.cold if base == "load.cold" else self._from(self.load.estimates, metric)
+
     # --- for the table ---------------------------------------------------------------------
 
     @property
@@ -380,11 +456,14 @@ class Candidate:
             return self.memory.named(metric)
         if metric.startswith("latency."):
             return self.latency.named(metric)
+        if metric not in self._measured and metric.startswith(END_TO_END):
+            return self._end_to_end(metric)
         if metric == "layer_error" or metric.startswith("weights."):
             return self._from(self._layer_errors.total.estimates(self.id), metric)
         if metric in _DEFERRED:
             return _DEFERRED[metric](self)
-        if split_domain(metric)[1]:  # Of all windows, however few an assertion has drawn so far.
+        if split_domain(metric)[1] and not metric.startswith(END_TO_END):
+            # Of all windows, however few an assertion has drawn so far.
             return self._from(self.fidelity.estimates(), metric)
         _ = self.checkpoint  # which notes the sizes
         if metric not in self._measured:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pytest_qlab.errors import DataError, QlabError
+from pytest_qlab.metrics.serving import ServingRun
 from pytest_qlab.report.benchmark import LEFT_OUT, render_benchmark
 from pytest_qlab.report.html import render_page
 from pytest_qlab.report.markdown import render_markdown
 from pytest_qlab.report.methods import describe_methods
+from pytest_qlab.report.serving import document, kept_length, render_runs
 from pytest_qlab.report.table import run_failed
 from pytest_qlab.report.tables import render_csv
 from pytest_qlab.report.terminal import render_terminal
@@ -45,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlab",
         description="Show, merge and export the results that pytest --qlab-json=FILE writes; "
-        "quantize a model into a GGUF file.",
+        "quantize a model into a GGUF file; put load on a server.",
         epilog="Exit status: 0 done; 1 --fail-on-failure was given and something failed; 2 wrong "
         "input.",
     )
@@ -110,6 +114,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--trust-remote-code", action="store_true", help="run a model's own code")
     quantize.set_defaults(run=_quantize)
+
+    bench = commands.add_parser(
+        "serve-bench",
+        help="put load on a server of OpenAI's completions, and time its tokens",
+        description="Put load on a vLLM server, llama.cpp's server or any other with OpenAI's "
+        "/completions, by streaming: time to the first token, time per token after it, and tokens "
+        "a second. Exit status 1: replies were not as long as was asked for, or the server was "
+        "over-saturated.",
+    )
+    bench.add_argument("--endpoint", required=True, metavar="URL", help="http://localhost:8000/v1")
+    bench.add_argument("--model", required=True, metavar="NAME", help="the model's name there")
+    bench.add_argument(
+        "--concurrency",
+        metavar="K,K,...",
+        help="closed loops of so many clients (default: 1,2,4,8, if no rate is given)",
+    )
+    bench.add_argument("--rate", metavar="R,R,...", help="open loops of so many a second")
+    bench.add_argument("--requests", type=int, default=320, help="of each load (default: 320)")
+    bench.add_argument(
+        "--seconds", type=float, default=300.0, help="most for a load (default: 300)"
+    )
+    bench.add_argument("--prompt-words", type=int, default=96, help="of a prompt (default: 96)")
+    bench.add_argument("--tokens", type=int, default=64, help="to generate (default: 64)")
+    bench.add_argument("--timeout", type=float, default=60.0, help="seconds without any data")
+    bench.add_argument("--max-failures", type=int, default=0, help="of a load (default: 0)")
+    bench.add_argument("--seed", type=int, default=0, help="of the arrivals of an open loop")
+    bench.add_argument("--api-key-env", metavar="VARIABLE", help="variable that holds the key")
+    bench.add_argument(
+        "--no-force",
+        action="store_true",
+        help="send no min_tokens, ignore_eos and continuous_usage_stats, which some servers refuse",
+    )
+    bench.add_argument("--json", type=Path, metavar="OUT", help="write all measures")
+    bench.set_defaults(run=_serve_bench)
     return parser
 
 
@@ -169,6 +207,49 @@ def _quantize(options: argparse.Namespace) -> int:
         f"{size.base_bytes / written:.2f} times smaller than the base model\n"
     )
     return OK
+
+
+def _serve_bench(options: argparse.Namespace) -> int:
+    from pytest_qlab.engines.openai_endpoint import Endpoint
+    from pytest_qlab.metrics.load import drive, unique_prompts
+    from pytest_qlab.metrics.serving import Limits, loads_named
+
+    loads = loads_named(options.concurrency, options.rate)
+    limits = Limits(
+        requests=options.requests, seconds=options.seconds, failures=options.max_failures
+    )
+    prompts = unique_prompts(options.prompt_words)
+    endpoint = Endpoint(
+        options.endpoint,
+        options.model,
+        timeout=options.timeout,
+        force=not options.no_force,
+        key=_key(options.api_key_env),
+    )
+    runs: list[ServingRun] = []
+    try:
+        for load in loads:
+            print(f"qlab: {load}", file=sys.stderr)
+            runs.append(drive(endpoint, load, prompts, options.tokens, limits, seed=options.seed))
+    finally:  # What was measured before a load failed is not lost.
+        if runs:
+            _emit(render_runs(runs, options.model))
+    if options.json:
+        found = document(runs, options.endpoint, options.model)
+        _write(options.json, json.dumps(found, indent=1) + "\n")
+    good = all(kept_length(run) and not run.saturated for run in runs)
+    return OK if good else FAILED
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise DataError(
+            f"--api-key-env names {variable}, which is not set. Set it to the server's key, or "
+            "leave the option out for a server that wants none."
+        )
+    return os.environ[variable]
 
 
 def _print_table(results: Results, width: int | None) -> None:

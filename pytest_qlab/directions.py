@@ -6,6 +6,7 @@ assertions refuse the wrong side by it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -34,6 +35,17 @@ LATENCY_PHASES = ("", "prefill512.", "decode.", "decode512.")
 """What comes between `latency.` and `p50` in the name of a measure; empty for prefill of 128."""
 LATENCY_RATIOS = frozenset(f"latency.{phase}ratio" for phase in LATENCY_PHASES)
 """Of these, 1 says that the candidate is as the base model is."""
+# Under a load, whose name stands where a domain's would: `serving.ttft.p50[4]`, `[rate=2.5]`.
+_UNDER_LOAD: Mapping[str, Direction] = {
+    "serving.ttft.p50": "lower",
+    "serving.ttft.p90": "lower",
+    "serving.ttft.p99": "lower",
+    "serving.tpot.p50": "lower",
+    "serving.tpot.p90": "lower",
+    "serving.tpot.p99": "lower",
+    "serving.tokens_per_second": "higher",
+}
+_LOAD = re.compile(r"[1-9]\d*|rate=\d[\d.e+-]*")
 DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
     {
         **_DAMAGE,
@@ -54,8 +66,18 @@ DIRECTIONS: Mapping[str, Direction] = MappingProxyType(
             for phase in LATENCY_PHASES
             for name in ("p50", "p90", "p99", "ratio")
         },
+        "throughput.prefill": "higher",
+        "throughput.decode": "higher",
+        "throughput.prefill_ratio": "higher",
+        "throughput.decode_ratio": "higher",
+        "load.cold": "lower",
+        "load.warm": "lower",
+        "first_generation": "lower",
+        **_UNDER_LOAD,
     }
 )
+END_TO_END = ("throughput.", "load.", "first_generation", "serving.")
+"""How the names of measures of speed end to end begin."""
 RATES = frozenset(("kl.tail", "top1_agreement"))
 """Shares of the scored tokens; also by domain."""
 
@@ -72,7 +94,14 @@ def split_domain(metric: str) -> tuple[str, str]:
 def known_direction(metric: str) -> Direction | None:
     """As `direction_of`, but None for a measure that is not known, such as somebody's own."""
     base, domain = split_domain(metric)
+    if _LOAD.fullmatch(domain):
+        return _UNDER_LOAD.get(base)
     return (_DAMAGE if domain else DIRECTIONS).get(base)
+
+
+def is_timed(metric: str) -> bool:
+    """Whether the measure is one of speed, which has to be measured alone on the machine."""
+    return metric.startswith(("latency.", *END_TO_END))
 
 
 def is_damage(metric: str) -> bool:
@@ -94,6 +123,11 @@ def direction_of(metric: str) -> Direction:
     if found is not None:
         return found
     base, domain = split_domain(metric)
+    if base in _UNDER_LOAD:
+        raise MetricError(
+            f"{metric!r}: {base} is measured under a load. Write a number of clients, as in "
+            f"{base}[4], or requests a second, as in {base}[rate=2.5]."
+        )
     if base in DIRECTIONS:
         raise MetricError(
             f"{metric!r}: {base} is one number for the whole model and has no domain {domain!r}. "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pytest_qlab.data.windows import shares_of
-from pytest_qlab.directions import RATES, split_domain
+from pytest_qlab.directions import RATES, is_timed, split_domain
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.gate.budgets import ConfiguredBudget
 from pytest_qlab.gate.sources import StoredSpreads, saved_spread
@@ -95,8 +95,8 @@ class Row:
     def verdict(self) -> str:
         """What to do, in words."""
         if self.spread is None:
-            latency = self.budget.metric.startswith("latency.")
-            return "timed in rounds, not windows" if latency else "exact, needs no windows"
+            timed = is_timed(self.budget.metric)
+            return "timed in rounds, not windows" if timed else "exact, needs no windows"
         value = self.spread.value
         if value is not None and self.known is not None:
             within = value <= self.budget.value

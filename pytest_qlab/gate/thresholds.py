@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pytest_qlab.directions import LATENCY_PHASES, direction_of, split_domain
+from pytest_qlab.directions import END_TO_END, LATENCY_PHASES, direction_of, split_domain
 from pytest_qlab.errors import SpecError, did_you_mean
 
 PAIRED = (
@@ -109,6 +109,11 @@ def _why_not(base: str) -> str:
     if base.startswith("latency."):
         median = f"{base.rpartition('.')[0]}.p50"
         return f"moves too much from run to run to tell a change. Use {median}."
+    if base.startswith(END_TO_END):
+        return (
+            "moves with the machine, and baselines keep no base model's beside it. Use "
+            "latency.ratio, or hold a budget on it in a test."
+        )
     if base == "base_perplexity":
         return "is the base model's own and no candidate changes it. Use perplexity_delta."
     return f"is not kept in baselines.{did_you_mean(base, COMPARABLE)}"

@@ -142,6 +142,30 @@ def _latency(phase: str, heading: str, short: str, what: str, rank: int) -> list
     return [*times, ratio]
 
 
+def _speed(
+    name: str, heading: str, short: str, rank: int, meaning: str, *, primary: bool = False
+) -> Column:
+    unit, kind = TIMES if name.endswith("ratio") else "", "number"
+    if name.endswith("ratio"):
+        kind = "times"
+    elif name.startswith("throughput.") or name.endswith("per_second"):
+        unit = "tokens/s"
+    else:
+        kind = "seconds"
+    return Column(
+        name,
+        heading,
+        short,
+        meaning,
+        unit=unit,
+        kind=kind,  # type: ignore[arg-type]
+        group="Memory and speed",
+        most=2,
+        primary=primary,
+        rank=rank,
+    )
+
+
 KNOWN: tuple[Column, ...] = (
     _quality(
         "perplexity", "Perplexity", "ppl", 3, digits=4, most=2, meaning="exp of the mean loss"
@@ -350,6 +374,34 @@ KNOWN: tuple[Column, ...] = (
     *_latency("prefill512.", "Prefill of 512", "pre512 ", "a forward pass over 512 tokens", 27),
     *_latency("decode.", "Decode", "dec ", "running one token after 128", 8),
     *_latency("decode512.", "Decode after 512", "dec512 ", "running one token after 512", 28),
+    _speed("throughput.prefill", "Prefill", "prefill", 16, "tokens of a prompt per second"),
+    _speed(
+        "throughput.decode",
+        "Decode",
+        "decode",
+        14,
+        "tokens per second after the first",
+        primary=True,
+    ),
+    _speed("throughput.prefill_ratio", "Prefill ratio", "x prefill", 32, "over the baseline's"),
+    _speed(
+        "throughput.decode_ratio",
+        "Decode ratio",
+        "x decode",
+        15,
+        "over the baseline's, in rounds that ran both",
+        primary=True,
+    ),
+    _speed("load.cold", "Cold load", "cold", 33, "from disk to a model that can generate"),
+    _speed("load.warm", "Warm load", "warm", 34, "the same with the files in the page cache"),
+    _speed("first_generation", "First token", "first", 35, "of the first call of a fresh process"),
+    _speed("serving.ttft.p50", "TTFT p50", "ttft", 36, "time to the first token, under load"),
+    _speed("serving.ttft.p90", "TTFT p90", "ttft p90", 37, "time to the first token, under load"),
+    _speed("serving.ttft.p99", "TTFT p99", "ttft p99", 38, "time to the first token, under load"),
+    _speed("serving.tpot.p50", "TPOT p50", "tpot", 39, "time per token after the first"),
+    _speed("serving.tpot.p90", "TPOT p90", "tpot p90", 40, "time per token after the first"),
+    _speed("serving.tpot.p99", "TPOT p99", "tpot p99", 41, "time per token after the first"),
+    _speed("serving.tokens_per_second", "Served", "tok/s", 42, "tokens per second, all requests"),
 )
 _BY_NAME = {column.name: column for column in KNOWN}
 

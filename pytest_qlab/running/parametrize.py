@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pytest_qlab.directions import is_timed
 from pytest_qlab.errors import QlabError, SpecError, did_you_mean
 from pytest_qlab.running.overrides import find_overrides, refuse_hidden, wants_parameter
 from pytest_qlab.running.run import Run, run_of
@@ -69,7 +70,7 @@ def _pass_budgets(metafunc: pytest.Metafunc, run: Run) -> None:
                 spec,
                 budget,
                 id=f"{spec.id}-{budget.metric}",
-                marks=pytest.mark.qlab_exclusive if budget.metric.startswith("latency.") else (),
+                marks=pytest.mark.qlab_exclusive if is_timed(budget.metric) else (),
             )
             for spec, budget in gates_of(run.specs, run.settings.budgets)
         ],

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 FIXTURES = frozenset({"quantized", "baseline", "qlab"})
-TIMED = frozenset({"latency", "throughput"})
+# `load` alone would name too much else, such as `json.load`.
+TIMED = frozenset({"latency", "throughput", "serving", "first_generation", "cold", "warm"})
 BASELINE = "none"
 
 
@@ -52,8 +53,8 @@ def is_exclusive(item: pytest.Item) -> bool:
     """Whether the test must run alone: it is marked so, or it takes time.
 
     `@pytest.mark.qlab_exclusive` and `@pytest.mark.qlab(exclusive=...)` decide. Without them, a
-    test of a candidate counts as exclusive whose own code names `latency` or `throughput`, or that
-    asks for pytest-benchmark's `benchmark`, which times nothing under xdist.
+    test of a candidate counts as exclusive whose own code names `latency` or another measure of
+    speed, or that asks for pytest-benchmark's `benchmark`, which times nothing under xdist.
     """
     for marker in item.iter_markers("qlab"):
         if "exclusive" in marker.kwargs:

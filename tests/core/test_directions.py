@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qlab.directions import DIRECTIONS, direction_of, known_direction, split_domain
+from pytest_qlab.directions import (
+    DIRECTIONS,
+    direction_of,
+    is_timed,
+    known_direction,
+    split_domain,
+)
 from pytest_qlab.errors import MetricError
+from pytest_qlab.metrics.serving import Load
 
 MEASURES = Path(__file__).resolve().parents[2] / "docs" / "reference" / "measures.md"
 
@@ -33,6 +40,9 @@ def test_every_documented_measure_has_a_direction_and_no_other() -> None:
         ("compression_ratio", "higher"),
         ("bits_per_weight", "lower"),
         ("latency.ratio", "lower"),
+        ("throughput.decode_ratio", "higher"),
+        ("serving.ttft.p99[8]", "lower"),
+        ("serving.tokens_per_second[rate=0.5]", "higher"),
     ],
 )
 def test_directions(metric: str, better: str) -> None:
@@ -49,6 +59,29 @@ def test_a_slip_of_the_pen_is_answered_with_the_name_that_was_meant() -> None:
 def test_sizes_have_no_domains() -> None:
     with pytest.raises(MetricError, match=r"size is one number .* no domain 'code'"):
         direction_of("size[code]")
+
+
+@pytest.mark.parametrize("load", ["code", "0", "rate=", "rate=x", "-1"])
+def test_a_load_is_a_number_of_clients_or_a_rate(load: str) -> None:
+    with pytest.raises(MetricError, match=r"under a load.*serving\.tpot\.p50\[4\]"):
+        direction_of(f"serving.tpot.p50[{load}]")
+
+
+def test_loads_are_not_domains() -> None:
+    assert known_direction("kl.mean[4]") is None
+    assert known_direction("throughput.decode[4]") is None
+
+
+@pytest.mark.parametrize("load", [Load(concurrency=8), Load(rate=0.25), Load(rate=1e-7)])
+def test_names_of_loads_are_known(load: Load) -> None:
+    assert known_direction(f"serving.ttft.p50[{load.name}]") == "lower"
+
+
+def test_what_is_timed() -> None:
+    timed = {metric for metric in DIRECTIONS if is_timed(metric)}
+    assert {"latency.p50", "throughput.decode", "load.cold", "first_generation"} < timed
+    assert is_timed("serving.ttft.p50[4]")
+    assert not timed & {"kl.mean", "size", "memory.peak", "layer_error"}
 
 
 def test_somebodys_own_measure_has_no_direction() -> None:

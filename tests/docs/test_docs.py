@@ -163,9 +163,15 @@ def documented_measures() -> set[str]:
     return found
 
 
-def test_every_measure_is_documented_and_no_other(tmp_path: Path) -> None:
+def test_every_measure_is_documented_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pytest_qlab.directions import LATENCY_PHASES
+    from pytest_qlab.engines.server import Reply
+    from pytest_qlab.measuring import endtoend
     from pytest_qlab.metrics.latency import PairedLatency, Round
+    from pytest_qlab.metrics.serving import Load, ServingRun
+    from pytest_qlab.metrics.throughput import GenerationRound, PairedThroughput
     from tests.lab.tiny import tiny_lab
 
     candidate = tiny_lab(tmp_path).candidate("rtn")
@@ -174,6 +180,15 @@ def test_every_measure_is_documented_and_no_other(tmp_path: Path) -> None:
     rounds = (Round(baseline=10, candidate=10, cpu=20, wall=20, switches=0),) * 300
     for phase in LATENCY_PHASES:
         measured |= set(PairedLatency(rounds, threads=1, phase=phase).estimates())
+    generations = (GenerationRound((10, 10), (10, 10), 20, 20),) * 6
+    measured |= set(PairedThroughput(generations, 2, 2).estimates())
+    replies = tuple(Reply(n, n, (n + 1.0, n + 2.0), (1, 1)) for n in range(299))
+    served, _ = ServingRun(Load(2), 2, replies, 0, 299, "requests").estimates()
+    measured |= {name.removesuffix("[2]") for name in served}
+    answer = {"load": 1.0, "first": 1.0, "steady": [1.0], "token": 1}
+    monkeypatch.setattr(endtoend, "_in_a_child", lambda *given: answer)
+    monkeypatch.setattr(endtoend, "make_cold", lambda files: "")
+    measured |= set(candidate.load.estimates)
     assert documented_measures() == {*measured, "memory.rss_peak"}
 
 

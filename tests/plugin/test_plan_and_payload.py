@@ -65,6 +65,10 @@ import pytest
 def test_fast(quantized): assert quantized.latency.p50 < 1
 def test_inner(quantized): assert all(c.throughput > 1 for c in [quantized])
 def test_quality(quantized): assert quantized.perplexity_delta < 1
+def test_served(quantized): assert quantized.serving(4).ttft.p90 < 1
+def test_cold(quantized): assert quantized.load.cold < 1
+def test_first(quantized): assert quantized.first_generation < 1
+def test_file(quantized): import json; json.load(quantized)
 def test_unrelated(): latency = 3; print(latency)
 def test_words(): print(int.latency)
 def test_phase(quantized): assert quantized.latency.decode.p99 < 0.05
@@ -91,7 +95,8 @@ class TestClass:
 def test_exclusive_tests_are_recognised(pytester: pytest.Pytester) -> None:
     items: list[Any] = pytester.getitems(EXCLUSIVE)
     found = {item.originalname for item in items if is_exclusive(item)}
-    timed = {"test_fast", "test_inner", "test_method", "test_phase"}
+    timed = {"test_fast", "test_inner", "test_served", "test_cold", "test_first", "test_method"}
+    timed.add("test_phase")
     assert found == {*timed, "test_marked", "test_named"}
     for item in items:
         item.config.workerinput = {}  # Under xdist, pytest-benchmark times nothing.

@@ -119,3 +119,10 @@ def test_budgets_that_were_not_kept_come_first_and_undecided_ones_before_failed_
     body = page[page.index("<h3>Budgets</h3>") :]
     words = re.findall(r'<span class="judged">. ([a-z ]+)</span></td>', body)
     assert words == ["undecided", "not kept", "kept"]
+
+
+def test_speed_under_load_has_the_columns_of_its_measure() -> None:
+    column = column_named("serving.ttft.p90[4]").fitted([0.025])
+    assert (column.heading, column.unit, column.better) == ("TTFT p90, 4", "ms", "lower")
+    served = column_named("serving.tokens_per_second[rate=2]").fitted([250.0])
+    assert (served.unit, served.better) == ("tokens/s", "higher")
