@@ -15,7 +15,7 @@ from benchmarks.settings import Benchmark, say
 from benchmarks.tables import Sample, Section, number, ratio
 from pytest_qlab.checkpoint import structural_copy
 from pytest_qlab.kernels.linear import PackedLinear
-from pytest_qlab.measuring.runnable import KernelUse, use_kernels
+from pytest_qlab.measuring.runnable import KernelUse, copy_in, use_kernels
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.dynamic import Dynamic
 from pytest_qlab.methods.rtn import Rtn
@@ -75,12 +75,7 @@ def slice_of_a_model(hidden: int = 4096, intermediate: int = 11008, heads: int =
 
 def made(base: Any) -> tuple[list[Side], dict[str, KernelUse]]:
     """The sides, float32 and bfloat16 first, and what runs those that are quantized."""
-    wide = structural_copy(base)
-    for module in wide.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                value = torch.nn.Parameter(parameter.detach().float(), requires_grad=False)
-                module.register_parameter(name, value)
+    wide = copy_in(base, torch.float32)
     plain = "torch.nn.functional.linear"
     sides, uses = [Side("float32", plain, wide), Side("bfloat16", plain, base)], {}
     for name, method in METHODS.items():

@@ -91,18 +91,20 @@ def speed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def speed_base(base: Any) -> Any:
-    """The base model as its speed is measured: itself, or a copy in `speed_dtype`.
+    """The base model as its speed is measured: itself, or a copy in `speed_dtype`."""
+    first = next(base.parameters())
+    dtype = speed_dtype(first.dtype, first.device)
+    return base if dtype == first.dtype else copy_in(base, dtype)
+
+
+def copy_in(base: Any, dtype: torch.dtype) -> Any:
+    """A copy of a model whose parameters have another dtype; what is tied stays tied.
 
     Buffers, such as rotary frequencies, stay as exact as they are.
     """
-    first = next(base.parameters())
-    dtype = speed_dtype(first.dtype, first.device)
-    if dtype == first.dtype:
-        return base
     copy = structural_copy(base)
-    with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            replace_parameter(copy, name, parameter.detach().to(dtype))
+    for name, parameter in base.named_parameters():
+        replace_parameter(copy, name, parameter.detach().to(dtype))
     return copy.eval()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import kernels
 from benchmarks.peers import (
     PeerError,
     PeerMissingError,
@@ -304,3 +305,25 @@ def test_the_table_of_products_has_a_row_for_each_method(
     assert {"calibration", "gptq", "awq", "rtn"} <= set(found)
     assert "x (" in found["gptq"][4]
     assert found["rtn"][4].strip() == "-"
+
+
+def test_kernels_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only models move: float32 costs 8, bfloat16 4, those with kernels 2."""
+    base = kernels.slice_of_a_model(hidden=64, intermediate=96, heads=4)
+    sides, uses = kernels.made(base)
+    assert [side.model.dtype for side in sides[:2]] == [torch.float32, torch.bfloat16]
+    assert sides[0].model.lm_head.weight is sides[0].model.model.embed_tokens.weight
+    assert sum(uses["dynamic:bits=8"].counts.values()) == 14
+    now, order = [0], list[str]()
+
+    def run(side: kernels.Side, ids: torch.Tensor) -> None:
+        order.append(side.name)
+        now[0] += {"float32": 8, "bfloat16": 4}.get(side.name, 2) * ids.shape[1]
+
+    monkeypatch.setattr(kernels.Side, "run", run)
+    monkeypatch.setattr(kernels, "TOKENS", {1: 2, 3: 1})
+    made = kernels.section(sides, uses, base.config, 2, lambda: now[0])
+    shown = [row[4].split("x")[0] for row in made.rows]
+    assert shown == ["1.00", "0.500", "0.250", "0.250", "0.250"] * 2
+    assert len(order) == len(sides) * (1 + 4 + 1 + 2)
+    assert {order[n] for n in range(0, len(order), len(sides))} == {side.name for side in sides}

@@ -37,6 +37,15 @@ def test_fragments_of_one_candidate_become_one_row() -> None:
     assert found.tests == {"t": "passed"}
 
 
+def test_what_runs_is_what_is_known_once_speed_was_measured() -> None:
+    first, second, third = row("a"), row("a"), row("a")
+    first.kernel, first.simulated = "dequantize-matmul", True
+    second.kernel, second.simulated = "int4pack 42", False
+    first.merge(second)
+    first.merge(third)  # which knows nothing of it
+    assert (first.kernel, first.simulated) == ("int4pack 42", False)
+
+
 def test_the_last_attempt_of_a_budget_wins() -> None:
     first, second = row("a"), row("a")
     first.budgets = [budget("t", 3.0, ok=False), budget("u", 3.0)]
