@@ -12,7 +12,7 @@ import torch
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.kernels.packed import PackedModule
 from pytest_qlab.lab import Lab
-from pytest_qlab.measuring import speed
+from pytest_qlab.measuring import runnable, speed
 from pytest_qlab.measuring.runnable import dtype_name
 from pytest_qlab.metrics import latency
 from pytest_qlab.metrics.latency import PairedLatency, Round
@@ -29,6 +29,12 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "QUIET_CPU_SHARE", 0.0)
+
+
+@pytest.fixture
+def as_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is measured in the lab's own dtype, in which models can be compared closely."""
+    monkeypatch.setattr(runnable, "speed_dtype", lambda dtype, device: dtype)
 
 
 @pytest.fixture
@@ -109,14 +115,15 @@ def test_a_disturbed_floor_is_none_and_said(
     assert "beside itself was disturbed" in ratio.detail
 
 
+@pytest.mark.usefixtures("as_the_lab")
 def test_each_phase_runs_what_it_says(tmp_path: Path, timer: list[dict[str, Any]]) -> None:
     lab = tiny_lab(tmp_path)
     candidate = lab.candidate("rtn")
     assert timer == [], "nothing is timed before it is read"
     assert candidate.latency.decode.p50 == pytest.approx(0.002)
     assert candidate.measured.keys() >= {"latency.decode.p50", "latency.decode.p90"}
-    assert candidate["latency.decode512.p50"].convention == f"decode after {CONTEXT - 1}"
-    assert candidate["latency.prefill512.ratio"].convention == f"prefill{CONTEXT}"
+    assert candidate["latency.decode512.p50"].convention == f"decode after {CONTEXT - 1}-float32"
+    assert candidate["latency.prefill512.ratio"].convention == f"prefill{CONTEXT}-float32"
     assert candidate.latency.prefill.p90.metric == "latency.p90"
     with pytest.raises(MetricError, match=r"decode\.p51.*Did you mean 'latency\.decode\.p50'"):
         candidate["latency.decode.p51"]
@@ -126,7 +133,9 @@ def test_each_phase_runs_what_it_says(tmp_path: Path, timer: list[dict[str, Any]
     ids = speed.prompt(lab, CONTEXT)
     decode, floor, *_ = timer
     assert (decode["phase"], decode["rounds"], floor["rounds"]) == ("decode.", 400, 100)
-    for model, output in zip((lab.base_model, candidate.model), decode["outputs"], strict=True):
+    for model, output in zip(
+        (lab.speed_base, candidate.speed_model), decode["outputs"], strict=True
+    ):
         with torch.no_grad():
             whole = model(input_ids=ids).logits[:, -1:]
         torch.testing.assert_close(output.logits, whole)
@@ -159,6 +168,7 @@ def test_the_base_model_alone_is_timed_beside_itself(
     assert tiny_lab(tmp_path).baseline.latency.p50 == pytest.approx(0.002)
 
 
+@pytest.mark.usefixtures("as_the_lab")
 def test_weights_stored_as_numbers_run_as_the_base_models(
     tmp_path: Path, timer: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,22 +177,23 @@ def test_weights_stored_as_numbers_run_as_the_base_models(
     for parameter in lab.base_model.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     candidate = lab.baseline
-    packed = [m for m in candidate.model.modules() if isinstance(m, PackedModule)]
-    assert {next(m.buffers()).dtype for m in packed} == {torch.bfloat16}
+    stored = [m for m in candidate.model.modules() if isinstance(m, PackedModule)]
+    assert {next(m.buffers()).dtype for m in stored} == {torch.bfloat16}
+    packed = [m for m in candidate.speed_model.modules() if isinstance(m, PackedModule)]
     seen: list[set[bool]] = []
-    forward = type(candidate.model).forward
+    forward = type(candidate.speed_model).forward
 
     def looking(model: Any, *given: Any, **more: Any) -> Any:
-        if model is candidate.model:
-            seen.append({m.materialized and m.weight.dtype == torch.float32 for m in packed})
+        if model is candidate.speed_model:
+            seen.append({m.materialized or next(m.buffers()).dtype == m.dtype for m in packed})
         return forward(model, *given, **more)
 
     monkeypatch.setattr(speed, "last_logits_only", lambda model: {})
-    monkeypatch.setattr(type(candidate.model), "forward", looking)
+    monkeypatch.setattr(type(candidate.speed_model), "forward", looking)
     _ = candidate.latency.p50
     assert seen == [{True}]
     assert not any(m.materialized for m in packed), "the copies were kept"
-    resident = sum(m.packed.nbytes for m in packed)
+    resident = sum(m.packed.nbytes for m in stored)
     assert lab.candidate("none").memory.resident > resident
 
 

@@ -227,10 +227,10 @@ def test_no_space_left(project: Project) -> None:
     (project.directory / "conftest.py").write_text(
         "import errno\n"
         "import pytest_qlab.checkpoint as checkpoint\n"
-        "def save_file(tensors, path, **rest):\n"
+        "def write_tensors(path, tensors):\n"
         "    path.write_bytes(b'half')\n"
         "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "checkpoint.save_file = save_file\n",
+        "checkpoint.write_tensors = write_tensors\n",
         encoding="utf-8",
     )
     found = project.run("--qlab-methods=rtn", "-k", "size")
