@@ -103,6 +103,8 @@ def _call(command: list[str], threads: int, work: Path) -> None:
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        # Else our files beside the script would stand for libraries that are named like them.
+        "PYTHONSAFEPATH": "1",
     }
     try:
         done = subprocess.run(

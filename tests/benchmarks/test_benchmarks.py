@@ -164,6 +164,13 @@ def test_a_failing_peer_is_an_error_with_its_last_words(tmp_path: Path) -> None:
             run_peer(python, "gptq", tmp_path, [[1]], threads=1, work=tmp_path)
 
 
+def test_a_peer_imports_libraries_and_not_our_files_of_the_same_name(tmp_path: Path) -> None:
+    """`benchmarks/kernels.py` beside the script is not the library `kernels`."""
+    program = "import sys\nraise SystemExit(f'safe path: {sys.flags.safe_path}')"
+    with pytest.raises(PeerError, match="safe path: True"):
+        run_peer(fake_python(tmp_path, program), "gptq", tmp_path, [[1]], threads=1, work=tmp_path)
+
+
 def test_quantizers_are_judged_on_the_same_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
