@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from pytest_qlab.checkpoint import INDEX_FILE, MODEL_FILE
@@ -24,6 +23,7 @@ from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.machine import processor_name
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
+from pytest_qlab.measuring.speed import alone
 from pytest_qlab.methods.base import Method
 from pytest_qlab.metrics.load import drive
 from pytest_qlab.metrics.serving import Limits, Load, Serving, ServingRun
@@ -125,12 +125,6 @@ def _parts(candidate: Candidate, code: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _alone(lab: Lab) -> FileLock:
-    """Held while something is timed, so that nothing else on this store is."""
-    lab.store.root.mkdir(parents=True, exist_ok=True)
-    return FileLock(lab.store.root / ".latency.lock")
-
-
 def _lengths(lab: Lab, prompt: int, tokens: int) -> tuple[int, int]:
     """Those lengths, or as much of the model's context in the same proportion."""
     room = lab.model.fitting(prompt + tokens)
@@ -162,7 +156,7 @@ def measure_loading(candidate: Candidate) -> Loading:
         candidate.release()
         gc.collect()
         lab.progress(f"{candidate.id}: loading")
-        with _alone(lab), tempfile.TemporaryDirectory() as config:
+        with alone(lab), tempfile.TemporaryDirectory() as config:
             return _load_in_turns(candidate, Path(config))
 
     stored = lab.store.json("loading", parts, compute)
@@ -344,7 +338,7 @@ def measure_throughput(candidate: Candidate) -> Throughput:
 
     def compute() -> dict[str, Any]:
         ids = torch.tensor([_text(lab)[:prompt]], device=lab.model.device)
-        with _alone(lab):
+        with alone(lab):
             lab.progress(f"{candidate.id}: throughput")
             found = measure_generations(
                 generation(lab.speed_base, ids, tokens),
@@ -406,7 +400,7 @@ def measure_serving(
         prompts = [tuple(text[start : start + prompt]) for start in starts]
         batch = load.concurrency or OPEN_LOOP_BATCH
         with (
-            _alone(lab),
+            alone(lab),
             continuous_batching(
                 candidate.speed_model, requests=batch, prompt=prompt, tokens=tokens
             ) as server,

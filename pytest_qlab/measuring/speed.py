@@ -188,7 +188,7 @@ def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLaten
     def compute() -> dict[str, Any]:
         ids = _phase_ids(lab, phase)
         base = timed_call(_timed_baseline(lab), ids, phase)
-        with _alone(lab), _runner(candidate, ids, phase) as (call, clocks):
+        with alone(lab), _runner(candidate, ids, phase) as (call, clocks):
             lab.progress(f"{candidate.id}: latency, {_convention(lab, ids, phase)}")
             found = measure_pair(
                 base.run,
@@ -224,7 +224,7 @@ def _floor(lab: Lab, phase: Phase) -> tuple[float | None, str]:
         base = _timed_baseline(lab)
         twin = copy.deepcopy(base) if resident_bytes(base) <= COPIED_BYTES else base
         first, second = (timed_call(model, ids, phase) for model in (base, twin))
-        with _alone(lab):
+        with alone(lab):
             lab.progress("latency of the base model beside itself")
             found = measure_pair(
                 first.run,
@@ -274,8 +274,7 @@ def _convention(lab: Lab, ids: Tensor, phase: Phase) -> str:
     return f"{what}-{dtype_name(lab.speed_base)}"
 
 
-@contextmanager
-def _alone(lab: Lab) -> Iterator[None]:
+def alone(lab: Lab) -> FileLock:
+    """Held while something is timed, so that nothing else on this store is."""
     lab.store.root.mkdir(parents=True, exist_ok=True)
-    with FileLock(lab.store.root / ".latency.lock"):
-        yield
+    return FileLock(lab.store.root / ".latency.lock")
