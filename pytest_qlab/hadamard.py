@@ -86,7 +86,8 @@ def _transform(x: Tensor, *, transpose: bool) -> Tensor:
         assert matrix is not None
         matrix = matrix.to(x.device, x.dtype)
         values = values @ (matrix if transpose else matrix.T)
-    return (values / order**0.5).reshape(x.shape)
+    rotated: Tensor = (values / order**0.5).reshape(x.shape)
+    return rotated
 
 
 def random_signs(count: int, seed: int) -> Tensor:
@@ -104,8 +105,8 @@ def random_orthogonal(order: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(order, order, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    return q * signs
+    orthogonal: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return orthogonal
 
 
 @cache
@@ -200,4 +201,4 @@ def _is_field(modulus: tuple[int, ...], prime: int) -> bool:
         if not any(power) or order > prime**degree:
             return False
         power, order = _multiply(power, x, modulus, prime), order + 1
-    return order == prime**degree - 1
+    return bool(order + 1 == prime**degree)

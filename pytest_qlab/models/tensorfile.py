@@ -24,7 +24,21 @@ from pytest_qlab.models.source import SAFETENSORS_DTYPES
 PIECE = 2**20
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # The order of types in a file, as in safetensors: widest first.
-_RANK = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+_RANK = (
+    "I64",
+    "F64",
+    "F32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+)
 
 
 @dataclass(frozen=True)
