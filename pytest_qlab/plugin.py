@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pytest_qlab import hookspecs
 from pytest_qlab.decision import decide_by
 from pytest_qlab.errors import BaselineError, NotMeasuredError, QlabError, RegressionError
 from pytest_qlab.estimate import Comparison, observe_comparisons
@@ -29,6 +30,7 @@ from pytest_qlab.running.causes import causes_of_comparison, causes_of_decision
 from pytest_qlab.running.controller import Controller
 from pytest_qlab.running.decisions import REFUSED, add_explanation, policy_of
 from pytest_qlab.running.explain import explain_comparison
+from pytest_qlab.running.hooked import register_methods_of_hooks
 from pytest_qlab.running.parametrize import parametrize, refuse_mistakes
 from pytest_qlab.running.payload import (
     CHANGES,
@@ -50,6 +52,10 @@ MARKERS = (
 _USER_DIST = pytest.StashKey[str]()
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspecs)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
@@ -67,6 +73,7 @@ def pytest_load_initial_conftests(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    register_methods_of_hooks(config)
     if config.getoption("--qlab-plan"):
         sys.stdout.write(plan_text(config))
         return 0
