@@ -42,7 +42,7 @@ class ClipRtn(Method):
 
         check_weight(weight, name)
         known = check_statistics(statistics, weight, name, self.name, gram=False)
-        importance = known.mean_abs.square()
+        importance = known.square_sum if known.tokens else weight.new_ones(weight.shape[1])
         widest = weight.abs().amax(dim=1, keepdim=True)
         tried = []
         for step in range(self.steps):

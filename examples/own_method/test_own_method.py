@@ -3,7 +3,16 @@
 pytest examples/own_method --qlab-methods=clip_rtn
 """
 
+from typing import ClassVar
+
 from pytest_qlab import Candidate, Lab
+from pytest_qlab.testing import MethodConformance
+
+
+class TestClipRtn(MethodConformance):
+    """Packing, sizes, determinism, odd shapes, extreme weights, damaged ones: over 60 tests."""
+
+    specs: ClassVar = ("clip_rtn", "clip_rtn:bits=2:group_size=-1")
 
 
 def test_quality(quantized: Candidate) -> None:
