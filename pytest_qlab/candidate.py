@@ -18,15 +18,10 @@ from pytest_qlab.estimate import Estimate
 from pytest_qlab.gate.deferred import DeferredKl, deferred
 from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
 from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
-from pytest_qlab.measuring.endtoend import (
-    Loading,
-    Throughput,
-    measure_loading,
-    measure_serving,
-    measure_throughput,
-)
+from pytest_qlab.measuring.endtoend import Throughput, measure_serving, measure_throughput
 from pytest_qlab.measuring.latency import Latency
 from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.loadtimes import Loading, measure_loading
 from pytest_qlab.measuring.memory import Memory
 from pytest_qlab.measuring.runnable import (
     KernelUse,

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qlab.errors import MetricError, did_you_mean
-from pytest_qlab.measuring.speed import PHASES, PREFILL, Phase, measure_latency, refuse_simulated
+from pytest_qlab.measuring.claims import refuse_simulated
+from pytest_qlab.measuring.speed import PHASES, PREFILL, Phase, measure_latency
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
@@ -132,7 +133,7 @@ class Latency(PhaseLatency):
     """
 
     def __init__(self, candidate: Candidate) -> None:
-        refuse_simulated(candidate)
+        refuse_simulated(candidate, "The latency")
         super().__init__(candidate, PREFILL)
         self.prefill: PhaseLatency = self
         self.prefill512 = PhaseLatency(candidate, PHASES["prefill512"])

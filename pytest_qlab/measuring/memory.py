@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.kernels.packed import set_materialized
+from pytest_qlab.measuring.child import answer_of_child
 from pytest_qlab.measuring.decoding import Decoding
 from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
 from pytest_qlab.metrics.memory import (
@@ -32,7 +28,6 @@ MEMORY_VERSION = 4
 PROCESS_VERSION = 1
 PROMPT_TOKENS = 128
 NEW_TOKENS = 8
-CHILD_SECONDS = 1800.0
 _NAMES = ("resident", "peak", "decode_peak", "rss_peak", "kv_per_token")
 
 
@@ -229,31 +224,12 @@ def _in_a_child(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
             "ids": ids,
             "new": NEW_TOKENS,
         }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest_qlab.measuring.generating"],
-                input=json.dumps(job),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=CHILD_SECONDS,
-                cwd=Path(directory),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise MetricError(
-                f"memory.rss_peak of {candidate.id} was not measured, because the process that "
-                f"was to load the model did not come to an end: {error}."
-            ) from error
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        words = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise MetricError(
-            f"memory.rss_peak of {candidate.id} was not measured, because the process that was to "
-            f"load the packed model by itself failed: {words}. Hold memory.resident and "
-            "memory.peak, which are counted in this process."
+        found = answer_of_child(
+            "pytest_qlab.measuring.generating",
+            job,
+            what=f"memory.rss_peak of {candidate.id}",
+            instead="Hold memory.resident and memory.peak, which are counted in this process.",
         )
-    found: dict[str, Any] = json.loads(lines[-1])
     if not found["peak"]:
         raise MetricError(
             "memory.rss_peak was not measured: this system does not say how much memory a process "

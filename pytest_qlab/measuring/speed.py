@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from pytest_qlab.errors import MetricError, NotMeasuredError
+from pytest_qlab.errors import NotMeasuredError
 from pytest_qlab.kernels.packed import PackedModule, set_materialized
 from pytest_qlab.machine import processor_name
 from pytest_qlab.measuring.decoding import Decoding
@@ -58,14 +58,19 @@ PHASES: Mapping[str, Phase] = {
 }
 
 
-def prompt(lab: Lab, tokens: int) -> Tensor:
-    """The first tokens of the evaluation text (1, n), fewer where there are no more."""
+def text_tokens(lab: Lab, most: int | None = None) -> list[int]:
+    """The evaluation text's first tokens, window after window, each without its first but one."""
     ids: list[int] = []
     for window in lab.eval_data.windows:
         ids += window.ids[len(ids) and 1 :]
-        if len(ids) >= tokens:
+        if most is not None and len(ids) >= most:
             break
-    return torch.tensor([ids[:tokens]], device=lab.model.device)
+    return ids[:most]
+
+
+def prompt(lab: Lab, tokens: int) -> Tensor:
+    """The first tokens of the evaluation text (1, n), fewer where there are no more."""
+    return torch.tensor([text_tokens(lab, tokens)], device=lab.model.device)
 
 
 def forward(model: Any, ids: Tensor, **options: Any) -> Callable[[], object]:
@@ -157,23 +162,6 @@ def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[T
             yield TimedCall(partial(engine.prefill, tokens)), clocks
 
 
-def refuse_simulated(candidate: Candidate) -> None:
-    """Raise where the latency would be a simulation's, and the policy is not to flag that.
-
-    Raises:
-        NotMeasuredError: the policy is to skip. MetricError: it is to fail.
-    """
-    kernels, policy = candidate.kernels, candidate.lab.simulated_latency
-    if kernels.wanted and policy != "flag":
-        message = (
-            f"The latency of {candidate.id} is not a claim that can be made: of its layers, "
-            f"{kernels.dequantizing} dequantize before they multiply ({kernels}). It would need "
-            f"{' and '.join(kernels.wanted)}. Pass "
-            "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
-        )
-        raise (NotMeasuredError if policy == "skip" else MetricError)(message)
-
-
 def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLatency:
     """Time the candidate and the base model in turn, alone on this machine.
 
@@ -250,17 +238,21 @@ def _floor(lab: Lab, phase: Phase) -> tuple[float | None, str]:
     return max(abs(lower - 1), abs(upper - 1)), note
 
 
-def _conditions(lab: Lab, phase: Phase) -> dict[str, Any]:
-    """What determines a latency besides the candidate, as plain JSON types."""
+def conditions(lab: Lab, code: int, **more: Any) -> dict[str, Any]:
+    """What determines a speed besides the candidate, as plain JSON types."""
     return {
-        "base": lab.base_identity(),
         "evaluation": lab.evaluation.identity,
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": THREADS,
-        "phase": {"tokens": phase.tokens, "decodes": phase.decodes},
-        "code": LATENCY_VERSION,
+        "code": code,
+        **more,
     }
+
+
+def _conditions(lab: Lab, phase: Phase) -> dict[str, Any]:
+    asked = {"tokens": phase.tokens, "decodes": phase.decodes}
+    return conditions(lab, LATENCY_VERSION, base=lab.base_identity(), phase=asked)
 
 
 def _phase_ids(lab: Lab, phase: Phase) -> Tensor:

@@ -168,7 +168,7 @@ def test_every_measure_is_documented_and_no_other(
 ) -> None:
     from pytest_qlab.directions import LATENCY_PHASES
     from pytest_qlab.engines.server import Reply
-    from pytest_qlab.measuring import endtoend
+    from pytest_qlab.measuring import loadtimes
     from pytest_qlab.metrics.latency import PairedLatency, Round
     from pytest_qlab.metrics.serving import Load, ServingRun
     from pytest_qlab.metrics.throughput import GenerationRound, PairedThroughput
@@ -186,8 +186,8 @@ def test_every_measure_is_documented_and_no_other(
     served, _ = ServingRun(Load(2), 2, replies, 0, 299, "requests").estimates()
     measured |= {name.removesuffix("[2]") for name in served}
     answer = {"load": 1.0, "first": 1.0, "steady": [1.0], "token": 1}
-    monkeypatch.setattr(endtoend, "_in_a_child", lambda *given: answer)
-    monkeypatch.setattr(endtoend, "make_cold", lambda files: "")
+    monkeypatch.setattr(loadtimes, "_loaded", lambda *given: answer)
+    monkeypatch.setattr(loadtimes, "make_cold", lambda files: "")
     measured |= set(candidate.load.estimates)
     assert documented_measures() == {*measured, "memory.rss_peak"}
 

@@ -12,8 +12,9 @@ import torch
 
 from pytest_qlab.engines.server import Reply, Request
 from pytest_qlab.errors import MetricError, NotMeasuredError, QlabError
-from pytest_qlab.measuring import endtoend, loading
+from pytest_qlab.measuring import endtoend, loading, loadtimes
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
+from pytest_qlab.measuring.speed import text_tokens
 from pytest_qlab.metrics import throughput
 from tests.architectures import CONTEXT, llama, token_ids
 from tests.lab.tiny import tiny_lab
@@ -95,7 +96,7 @@ def test_what_a_process_loads_is_the_candidate(
 def test_loads_happen_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endtoend, "REPEATS", 1)
+    monkeypatch.setattr(loadtimes, "REPEATS", 1)
     lab = tiny_lab(tmp_path)
     candidate = lab.candidate("rtn")
     found = candidate.load
@@ -104,7 +105,7 @@ def test_loads_happen_in_processes_of_their_own(
     assert candidate["load.warm"] == found.warm
     stored = next(iter(lab.store.entries("loading")))
     answer = lab.store.peek("loading", stored)["warm"][0]
-    ids = torch.tensor([endtoend._text(lab)[: lab.model.fitting(128)]])
+    ids = torch.tensor([text_tokens(lab, lab.model.fitting(128))])
     assert answer["token"] == loading.generate_one(candidate.model, ids[:, :CONTEXT])
     assert len(answer["steady"]) == loading.STEADY
 
@@ -119,13 +120,13 @@ def answers(monkeypatch: pytest.MonkeyPatch, loads: list[float]) -> list[dict[st
         load = next(times)
         return {"load": load, "first": load / 10, "steady": [0.001], "token": 1}
 
-    monkeypatch.setattr(endtoend, "_in_a_child", answer)
+    monkeypatch.setattr(loadtimes, "_loaded", answer)
     return given
 
 
 def test_cold_and_warm_loads_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = answers(monkeypatch, [5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
-    monkeypatch.setattr(endtoend, "make_cold", lambda files: "")
+    monkeypatch.setattr(loadtimes, "make_cold", lambda files: "")
     found = tiny_lab(tmp_path).candidate("rtn").load
     assert (found.cold, found.warm) == (7.0, 2.0)
     # Of all six: the lower median, and the extremes as its bounds.
@@ -141,7 +142,7 @@ def test_a_cold_load_is_refused_where_the_cache_cannot_be_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers(monkeypatch, [1.0, 2.0, 3.0])
-    monkeypatch.setattr(endtoend, "cached_share", lambda file: 1.0)
+    monkeypatch.setattr(loadtimes, "cached_share", lambda file: 1.0)
     candidate = tiny_lab(tmp_path).candidate("rtn")
     assert candidate.load.warm == 2.0
     with pytest.raises(NotMeasuredError, match=r"100% of model\.safetensors stayed in memory"):
@@ -151,16 +152,16 @@ def test_a_cold_load_is_refused_where_the_cache_cannot_be_emptied(
 def test_a_system_that_does_not_tell_gives_no_cold_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endtoend, "cached_share", lambda file: None)
+    monkeypatch.setattr(loadtimes, "cached_share", lambda file: None)
     file = tmp_path / "file"
     file.write_bytes(b"x")
-    assert "does not tell" in endtoend.make_cold([file])
+    assert "does not tell" in loadtimes.make_cold([file])
 
 
 def test_a_child_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(MetricError, match="ended with status 1: nothing was printed"):
-        endtoend._in_a_child("c", {})
+        loadtimes._loaded("c", {})
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_files_leave_the_page_cache_and_come_back(tmp_path: Path) -> None:
     if share is None or share == 1.0:
         pytest.skip("this file system keeps files in memory, or the system does not tell")
     assert share == 0.0
-    assert endtoend.make_cold([file]) == ""
+    assert loadtimes.make_cold([file]) == ""
     file.read_bytes()
     assert cached_share(file) == 1.0
     empty = tmp_path / "empty"

@@ -103,8 +103,8 @@ def test_it_is_not_measured_unless_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((1, "", "Traceback\nOSError: no config"), "failed: OSError: no config"),
-        ((-9, "", ""), "failed: exit status -9"),
+        ((1, "", "Traceback\nOSError: no config"), "ended with status 1: OSError: no config"),
+        ((-9, "", ""), "ended with status -9: nothing was printed"),
         ((0, json.dumps({"peak": 0, "idle": 0}), ""), "this system does not say"),
     ],
 )

@@ -1,0 +1,55 @@
+"""What may be claimed of a candidate's speed: only what kernels do that really run its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pytest_qlab.errors import MetricError, NotMeasuredError
+from pytest_qlab.methods.base import Method
+
+if TYPE_CHECKING:
+    from pytest_qlab.candidate import Candidate
+
+
+def refuse_engine(candidate: Candidate, what: str) -> None:
+    """Raise where another runtime runs the candidate, in a process that this is not measured in.
+
+    Raises:
+        MetricError: so it is.
+    """
+    if type(candidate.method).engine is not Method.engine:
+        raise MetricError(
+            f"{what} of {candidate.id} is not measured, because another runtime runs it in a "
+            "process of its own. Its latency is; or start that runtime's server, and put load on "
+            "it with qlab serve-bench."
+        )
+
+
+def refuse_simulated(candidate: Candidate, what: str, wanted: Sequence[str] | None = None) -> bool:
+    """Whether the speed would be a simulation's; raise if so, and the policy is not to flag that.
+
+    Args:
+        what: the subject of messages, such as `The latency`.
+        wanted: the kernels that would have to run; by default, those of the candidate's
+            `speed_model`.
+
+    Raises:
+        NotMeasuredError: the policy is to skip. MetricError: it is to fail.
+    """
+    layers = "its layers dequantize before they multiply"
+    if wanted is None:
+        kernels = candidate.kernels
+        wanted = kernels.wanted
+        layers = (
+            f"of its layers, {kernels.dequantizing} dequantize before they multiply ({kernels})"
+        )
+    if wanted and candidate.lab.simulated_latency != "flag":
+        message = (
+            f"{what} of {candidate.id} is not a claim that can be made: {layers}. It would need "
+            f"{' and '.join(wanted)}. Pass "
+            "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
+        )
+        skip = candidate.lab.simulated_latency == "skip"
+        raise (NotMeasuredError if skip else MetricError)(message)
+    return bool(wanted)

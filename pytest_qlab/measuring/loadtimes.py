@@ -1,0 +1,160 @@
+"""How long a packed model takes from the disk to its first token, in fresh processes."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qlab.checkpoint import INDEX_FILE, MODEL_FILE
+from pytest_qlab.errors import NotMeasuredError
+from pytest_qlab.estimate import Estimate
+from pytest_qlab.measuring.child import answer_of_child
+from pytest_qlab.measuring.claims import refuse_engine, refuse_simulated
+from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
+from pytest_qlab.measuring.speed import alone, conditions, text_tokens
+from pytest_qlab.stats.intervals import sample_quantile
+
+if TYPE_CHECKING:
+    from pytest_qlab.candidate import Candidate
+
+PROMPT_TOKENS = 128
+REPEATS = 3
+COLD_SHARE = 0.05
+"""A load is cold if at most this share of the checkpoint was still in memory."""
+LOADING_VERSION = 2
+
+
+class Loading:
+    """Seconds until a packed model on disk can generate, in a fresh process: `cold` and `warm`.
+
+    `first_generation` is the first token of the first call after that.
+    """
+
+    def __init__(self, estimates: dict[str, Estimate], reason: str) -> None:
+        self.estimates = estimates
+        self.warm = estimates["load.warm"]
+        self.first_generation = estimates["first_generation"]
+        self._reason = reason
+
+    @property
+    def cold(self) -> Estimate:
+        """With nothing of the checkpoint in the page cache.
+
+        Raises:
+            NotMeasuredError: the system kept it there.
+        """
+        if "load.cold" not in self.estimates:
+            raise NotMeasuredError(f"The cold load was not measured: {self._reason}")
+        return self.estimates["load.cold"]
+
+
+def measure_loading(candidate: Candidate) -> Loading:
+    """Load the candidate in fresh processes, cold and warm in turn, and time their first tokens.
+
+    Raises:
+        MetricError: the candidate cannot be loaded by itself, or its kernels are simulated and the
+            policy is to fail.
+    """
+    refuse_engine(candidate, "The load time")
+    # A process that loads the candidate by itself dequantizes.
+    wanted = candidate.checkpoint.wanted_kernels
+    simulated = refuse_simulated(candidate, "The load time", wanted)
+    lab = candidate.lab
+    quantized = lab.quantized_identity(candidate.method)
+    parts = conditions(lab, LOADING_VERSION, quantized=quantized)
+
+    def compute() -> dict[str, Any]:
+        # What is mapped here would stay in memory there.
+        candidate.release()
+        gc.collect()
+        lab.progress(f"{candidate.id}: loading")
+        with alone(lab), tempfile.TemporaryDirectory() as config:
+            return _load_in_turns(candidate, Path(config))
+
+    stored = lab.store.json("loading", parts, compute)
+    fields = {
+        "candidate": candidate.id,
+        "unit": "s",
+        "convention": "fresh process",
+        "simulated": simulated,
+    }
+    found: dict[str, Estimate] = {}
+    for kind in ("cold", "warm"):
+        samples = [each["load"] for each in stored[kind]]
+        if samples:
+            found[f"load.{kind}"] = _median(f"load.{kind}", samples, "loads", fields)
+    both = [*stored["cold"], *stored["warm"]]
+    steady = sorted(time for each in both for time in each["steady"])
+    found["first_generation"] = _median(
+        "first_generation",
+        [each["first"] for each in both],
+        f"processes; in the steady state {1000 * steady[len(steady) // 2]:.4g} ms",
+        fields,
+    )
+    return Loading(found, stored["reason"])
+
+
+def _median(metric: str, samples: list[float], what: str, fields: dict[str, Any]) -> Estimate:
+    middle = sample_quantile(samples, 0.5)
+    return Estimate(
+        middle.value,
+        metric=metric,
+        lower=middle.lower,
+        upper=middle.upper,
+        n=len(samples),
+        detail=f"{min(samples):.4g} to {max(samples):.4g} s in {len(samples)} {what}",
+        **fields,
+    )
+
+
+def _load_in_turns(candidate: Candidate, config: Path) -> dict[str, Any]:
+    lab, directory = candidate.lab, candidate.checkpoint.directory
+    lab.base_model.config.save_pretrained(config)
+    given = {
+        "config": str(config),
+        "checkpoint": str(directory),
+        "dtype": lab.model.dtype,
+        "device": lab.model.device,
+        "ids": text_tokens(lab, lab.model.fitting(PROMPT_TOKENS)),
+    }
+    files = [directory / MODEL_FILE, directory / INDEX_FILE]
+    found: dict[str, Any] = {"cold": [], "warm": [], "reason": ""}
+    for _ in range(REPEATS):
+        if not found["reason"]:
+            found["reason"] = make_cold(files)
+        if not found["reason"]:
+            found["cold"].append(_loaded(candidate.id, given))
+        for file in files:
+            _read_through(file)
+        found["warm"].append(_loaded(candidate.id, given))
+    return found
+
+
+def make_cold(files: list[Path]) -> str:
+    """Drop files from the page cache; why that is not possible, or an empty text."""
+    for file in files:
+        drop_from_cache(file)
+        share = cached_share(file)
+        if share is None:
+            return "this system does not tell what of a file is in memory."
+        if share > COLD_SHARE:
+            return (
+                f"{share:.0%} of {file.name} stayed in memory, because a process has it mapped or "
+                "the store is on a file system in memory. Let go of `quantized.model`, or put the "
+                "store on a disk (--qlab-store)."
+            )
+    return ""
+
+
+def _read_through(file: Path) -> None:
+    with file.open("rb") as stream:
+        while stream.read(2**22):
+            pass
+
+
+def _loaded(candidate: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What `measuring/loading.py` answers."""
+    what = f"The load time of {candidate}"
+    return answer_of_child("pytest_qlab.measuring.loading", job, what=what)
