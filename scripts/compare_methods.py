@@ -1,0 +1,161 @@
+"""All methods beside each other at 2, 3 and 4 bits, ordered by damage.
+
+    python -m scripts.compare_methods
+    python -m scripts.compare_methods --bits 4 --model path/to/model
+
+prints a table for each width: what is stored for each weight, all scales, tables and outliers
+counted, and what it does to the model's predictions. On the embedded model the three take some
+minutes on two cores. Another model is given as to `--qlab-model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_qlab.candidate import Candidate
+from pytest_qlab.estimate import Estimate
+from pytest_qlab.lab import Lab
+from scripts.update_readme import replaced
+
+METHODS: Mapping[int, tuple[str, ...]] = {
+    4: (
+        "rtn",
+        "rtn:mse",
+        "rtn:group_size=-1",
+        "gptq",
+        "gptq:group_size=-1",
+        "awq",
+        "hqq",
+        "nf4",
+        "nf4:double_quant",
+        "fp4",
+        "mxfp4",
+        "mxfp4:scale=ceil",
+        "nvfp4",
+        "nvfp4:four_over_six",
+        "squeezellm",
+        "squeezellm:dense_and_sparse",
+        "spqr:bits=4",
+        "quip",
+        "quip:transform=hadamard",
+        "quarot+rtn:group_size=-1",
+        "quarot+gptq:group_size=-1",
+        "quarot+gptq",
+        "smooth+gptq",
+        "ggml:Q4_K",
+        "ggml:Q4_K:imatrix",
+        "ggml:Q4_0",
+        "ggml:IQ4_XS",
+    ),
+    3: (
+        "rtn:bits=3",
+        "rtn:bits=3:mse",
+        "rtn:bits=3:group_size=-1",
+        "gptq:bits=3",
+        "gptq:bits=3:group_size=-1",
+        "awq:bits=3",
+        "hqq:bits=3",
+        "squeezellm:bits=3",
+        "squeezellm:bits=3:dense_and_sparse",
+        "spqr",
+        "quip:bits=3",
+        "quip:bits=3:transform=hadamard",
+        "quarot+rtn:bits=3:group_size=-1",
+        "quarot+gptq:bits=3:group_size=-1",
+        "quarot+gptq:bits=3",
+        "ggml:Q3_K",
+        "ggml:Q3_K:imatrix",
+    ),
+    2: (
+        "rtn:bits=2:group_size=32",
+        "rtn:bits=2:group_size=32:mse",
+        "gptq:bits=2:group_size=32",
+        "gptq:bits=2:group_size=-1",
+        "awq:bits=2:group_size=32",
+        "hqq:bits=2:group_size=32",
+        "squeezellm:bits=2",
+        "squeezellm:bits=2:dense_and_sparse",
+        "spqr:bits=2",
+        "quip:bits=2",
+        "quip:bits=2:transform=hadamard",
+        "quarot+gptq:bits=2:group_size=-1",
+        "quarot+gptq:bits=2:group_size=32",
+        "ggml:Q2_K",
+        "ggml:Q2_K:imatrix",
+    ),
+    8: ("none", "dynamic", "static", "smoothquant", "rtn:bits=8", "ggml:Q8_0"),
+}
+HEAD = ("method", "bits per weight", "KL, nats", "95 %", "perplexity", "layer error", "seconds")
+
+
+def interval(found: Estimate) -> str:
+    """Its ends."""
+    if found.lower is None or found.upper is None:
+        return ""
+    return f"{found.lower:.3g} to {found.upper:.3g}"
+
+
+def row(candidate: Candidate) -> tuple[float, list[str]]:
+    """A candidate's KL, and its line."""
+    kl = candidate.kl.mean
+    cells = [
+        f"`{candidate.id}`",
+        f"{float(candidate.bits_per_weight):.3f}",
+        f"{float(kl):.4f}",
+        interval(kl),
+        f"{float(candidate.perplexity_delta):+.2f}",
+        f"{float(candidate.layer_error):.5f}",
+        f"{candidate.checkpoint.seconds:.1f}",
+    ]
+    return float(kl), cells
+
+
+def table(lab: Lab, specs: Sequence[str]) -> str:
+    """A markdown table of those methods, the least damage first."""
+    rows = []
+    for spec in specs:
+        candidate = lab.candidate(spec)
+        rows.append(row(candidate))
+        candidate.release()
+    lines = [list(HEAD), ["---", *["---:"] * (len(HEAD) - 1)]]
+    lines += [cells for _, cells in sorted(rows, key=lambda each: each[0])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables, and write them into a page if one is named."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.compare_methods", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], choices=sorted(METHODS))
+    parser.add_argument("--model", default="embedded", help="as of --qlab-model")
+    parser.add_argument("--store", type=Path, help="directory of artefacts; by default the cache's")
+    parser.add_argument("--max-windows", type=int, default=64, help="of evaluation text")
+    parser.add_argument("--into", type=Path, help="page whose parts `methods-N` are written anew")
+    options = parser.parse_args(arguments)
+    given: dict[str, Any] = {} if options.store is None else {"store": options.store}
+    lab = Lab(
+        options.model,
+        max_windows=options.max_windows,
+        progress=lambda line: sys.stderr.write(f"{line}\n"),
+        **given,
+    )
+    page = None if options.into is None else options.into.read_text(encoding="utf-8")
+    for bits in options.bits:
+        started = time.perf_counter()
+        found = table(lab, METHODS[bits])
+        seconds = time.perf_counter() - started
+        note = f"{len(METHODS[bits])} methods at {bits} bits, {seconds:.0f} s in all."
+        sys.stdout.write(f"{found}\n\n{note}\n\n")
+        if page is not None:
+            page = replaced(page, f"methods-{bits}", f"\n{found}\n\n{note}\n")
+    if options.into is not None and page is not None:
+        options.into.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
