@@ -25,10 +25,8 @@ def test_the_table_is_ordered_by_damage_and_goes_into_a_page(
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- methods-4 -->\n<!-- /methods-4 -->\nafter\n")
     model = save_tiny_model(tmp_path / "model")
-    compare_methods.main(
-        ["--bits=4", f"--model={model}", f"--store={tmp_path / 'store'}", "--max-windows=2"]
-        + [f"--into={page}"]
-    )
+    options = {"model": model, "store": tmp_path / "store", "max-windows": 2, "into": page}
+    compare_methods.main(["--bits=4", *(f"--{key}={value}" for key, value in options.items())])
     written = page.read_text()
     rows = [line.split("|") for line in written.splitlines() if line.startswith("| `")]
     assert [each[1].strip() for each in rows] == ["`none`", "`rtn-w8g128`", "`rtn-w2g128`"]
