@@ -201,6 +201,11 @@ class BlockwiseTable(PackedWeight):
         if "row_offsets" in tensors:
             row_offsets = stored_tensor(tensors, "row_offsets", (rows,))
             blocks = rows * _row_blocks(columns, block_size)
+            if rows and not 0 <= int(row_offsets.min()) <= int(row_offsets.max()) < block_size:
+                raise CorruptEntryError(
+                    "A row of a packed weight begins outside of its first block. The stored "
+                    "artefact is damaged: delete it and run again."
+                )
         absmax: Tensor | QuantizedAbsmax
         if "absmax_codes" in tensors:
             absmax = QuantizedAbsmax(
@@ -278,8 +283,9 @@ def _pack_halves(codes: Tensor, filling: int) -> Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < 16:
         raise ValueError("a code outside of 0 .. 15 cannot be packed into 4 bits")
-    first, second = pad(flat.to(torch.uint8), (0, flat.numel() % 2), value=filling).view(-1, 2).T
-    return (first << 4 | second).contiguous()
+    pairs = pad(flat.to(torch.uint8), (0, flat.numel() % 2), value=filling).view(-1, 2)
+    packed: Tensor = pairs[:, 0] << 4 | pairs[:, 1]
+    return packed
 
 
 def _unpack_halves(packed: Tensor) -> Tensor:

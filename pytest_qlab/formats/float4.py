@@ -24,7 +24,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What codes 0 .. 7 stand for; 8 .. 15 are their negatives."""
 LARGEST = E2M1[-1]
 E8M0_BIAS = 127
-E8M0_NAN = 255
+LARGEST_E8M0 = 254
+LARGEST_E4M3 = 0x7E
+"""Bits of the largest scales; what is above is no number, or negative."""
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
@@ -131,6 +133,12 @@ class MicroscaledFloat4(PackedWeight):
             raise CorruptEntryError(
                 f"The scales of a packed weight are {scales.dtype}; expected {wanted}. The stored "
                 "artefact is damaged: delete it and run again."
+            )
+        largest = LARGEST_E8M0 if tensor_scale is None else LARGEST_E4M3
+        if scales.numel() and int(scales.view(torch.uint8).max()) > largest:
+            raise CorruptEntryError(
+                "A scale of a packed weight is negative or no number. The stored artefact is "
+                "damaged: delete it and run again."
             )
         return cls(
             stored_tensor(tensors, "codes", (rows, packed_width(columns, BITS))),

@@ -17,6 +17,7 @@ from pytest_qlab.formats.affine import group_length
 from pytest_qlab.formats.float4 import (
     E8M0_BIAS,
     LARGEST,
+    LARGEST_E8M0,
     MicroscaledFloat4,
     e2m1_values,
     e8m0_values,
@@ -101,7 +102,7 @@ class Mxfp4:
         if self.scale == "ceil":
             exponent = exponent + (fraction > LARGEST / 8).to(exponent.dtype)
         exponent = exponent.masked_fill(largest == 0, -E8M0_BIAS)
-        stored = (exponent + E8M0_BIAS).clamp(0, 2 * E8M0_BIAS).to(torch.uint8)
+        stored = (exponent + E8M0_BIAS).clamp(0, LARGEST_E8M0).to(torch.uint8)
         length = group_length(weight.shape[1], MXFP4_BLOCK)
         return Float4Points(stored, None, e8m0_values(stored), length, MXFP4_BLOCK)
 
