@@ -111,7 +111,7 @@ Damage = Callable[[dict[str, Tensor], dict[str, Any]], tuple[dict[str, Tensor], 
         (lambda t, m: ({**t, "scales": t["scales"].view(torch.uint8)}, m), "torch.uint8; expected"),
         (lambda t, m: ({k: v for k, v in t.items() if k != "tensor_scale"}, m), "float8"),
         (lambda t, m: ({**t, "tensor_scale": torch.ones(2)}, m), "tensor_scale.*shape"),
-        (lambda t, m: ({**t, "scales": -t["scales"].float().abs().to(E4M3)}, m), "negative or no"),
+        (lambda t, m: ({**t, "scales": (-t["scales"].float()).to(E4M3)}, m), "negative or no"),
         (lambda t, m: (t, {**m, "block_size": 32}), "scales.*shape"),
     ],
 )
@@ -126,7 +126,7 @@ def test_scales_of_another_type_are_refused() -> None:
     codes = torch.zeros(1, 4)
     with pytest.raises(ValueError, match=r"float32; expected torch\.uint8"):
         MicroscaledFloat4.pack(codes, torch.ones(1, 1), None, block_size=32)
-    with pytest.raises(ValueError, match="expected torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"expected torch\.float8_e4m3fn"):
         MicroscaledFloat4.pack(codes, torch.ones(1, 1), torch.ones(1), block_size=16)
 
 
