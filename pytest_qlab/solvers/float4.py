@@ -2,7 +2,7 @@
 
 MXFP4: OCP Microscaling Formats, version 1.0, section 6.3, whose rule for the shared exponent is
 `floor`; `ceil` is the rule that never saturates. NVFP4: block scales in E4M3 below a scale of the
-tensor (Pretraining LLMs with NVFP4, arXiv 2509.25149, appendix C). Four over six: arXiv 2512.02010.
+tensor (NVIDIA, arXiv 2509.25149). Four over six: Cook et al., arXiv 2512.02010.
 """
 
 from __future__ import annotations

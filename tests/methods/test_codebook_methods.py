@@ -107,12 +107,12 @@ def test_options_reach_the_bits() -> None:
             assert found.zeros().dtype == torch.float16
             groups = 1 if group_size == -1 else 128 // group_size
             assert found.nbytes == 8 * (16 * bits + 4 * groups)
-    for method, table, nbytes in (
+    for blockwise, table, nbytes in (
         (Nf4(), "nf4", 4 * 16),
         (Fp4(block_size=32), "fp4", 4 * 32),
         (Nf4(double_quant=True), "nf4", 16 + 4 + 4),
     ):
-        table_weight = method.quantize(weight, None).weight
+        table_weight = blockwise.quantize(weight, None).weight
         assert isinstance(table_weight, BlockwiseTable)
         assert table_weight.table == table
         assert table_weight.nbytes == 8 * 64 + nbytes

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pytest_qlab.formats import MicroscaledFloat4
+from pytest_qlab.methods.ggml import Ggml
 from pytest_qlab.solvers.codebook import round_nearest
 from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4, e2m1_codes
 from tests.formats.test_float4 import e2m1, e4m3
@@ -160,6 +161,18 @@ def test_every_block_takes_the_better_of_four_and_six() -> None:
 def test_vectors(codebook: Mxfp4 | Nvfp4, expected: float) -> None:
     """From an implementation of the formulas in numpy."""
     assert relative_error(toy_weight(), codebook) == pytest.approx(expected, abs=1e-6)
+
+
+def test_llama_cpps_mxfp4_has_the_same_values_where_nothing_is_halfway() -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    theirs = Ggml(type="MXFP4").quantize(weight, None).weight
+    ours = packed(weight, Mxfp4("floor"))
+    assert torch.equal(ours.dequantize(), theirs.dequantize())
+    assert ours.nbytes == theirs.nbytes
+    halfway = torch.tensor([[6.0, 0.75, 2.5, 3.5, *[0.0] * 28]])
+    assert packed(halfway, Mxfp4("floor")).dequantize()[0, :4].tolist() == [6, 1, 2, 4]
+    found = Ggml(type="MXFP4").quantize(halfway, None).weight.dequantize()
+    assert found[0, :4].tolist() == [6, 0.5, 2, 3]
 
 
 @pytest.mark.parametrize("codebook", [Mxfp4("floor"), Mxfp4("ceil"), Nvfp4()])
