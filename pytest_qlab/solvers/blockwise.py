@@ -8,7 +8,7 @@ between two, the lower one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -27,12 +27,39 @@ SMALLEST_ABSMAX = 1e-38
 """Blocks below it are zeros, as in bitsandbytes: the reciprocal is to be a number."""
 
 
+class Table(NamedTuple):
+    """A table of `TABLES` as it is searched.
+
+    Attributes:
+        numbers: float32 (16,), by code.
+        order: uint8 (16,), codes by rising number.
+        middles: float32 (15,), halfway between neighbours.
+    """
+
+    numbers: Tensor
+    order: Tensor
+    middles: Tensor
+
+    @classmethod
+    def named(cls, name: str, device: torch.device) -> Self:
+        """The table of that name, on a device."""
+        numbers = torch.tensor(TABLES[name], device=device)
+        order = numbers.argsort(stable=True)
+        rising = numbers[order]
+        return cls(numbers, order.to(torch.uint8), (rising[:-1] + rising[1:]) / 2)
+
+    def nearest(self, normalized: Tensor) -> Tensor:
+        """Codes of the nearest numbers, uint8; the lower one of two as near."""
+        return self.order[torch.bucketize(normalized.contiguous(), self.middles)]
+
+
 @dataclass(frozen=True)
 class BlockwisePoints:
     """The points of a matrix (m, n) whose blocks' absmax is settled.
 
     Args:
-        table: a name in `TABLES`.
+        name: of the table, in `TABLES`.
+        table: the same as it is searched.
         stored: absmax of each block as it is stored.
         reciprocals: by which weights are normalized, float32 (B,).
         absmax: by which the table's numbers are multiplied, float32 (B,). With quantized absmax, it
@@ -41,7 +68,8 @@ class BlockwisePoints:
         block_size: weights that share an absmax.
     """
 
-    table: str
+    name: str
+    table: Table
     stored: Tensor | QuantizedAbsmax
     reciprocals: Tensor
     absmax: Tensor
@@ -50,16 +78,15 @@ class BlockwisePoints:
 
     def nearest(self, values: Tensor, columns: Tensor) -> Tensor:
         """Codes uint8 (m, k); see `Points.nearest`."""
-        return table_codes(values * self.reciprocals[self._blocks(columns)], self.table)
+        return self.table.nearest(values * self.reciprocals[self._blocks(columns)])
 
     def decode(self, codes: Tensor, columns: Tensor) -> Tensor:
         """See `Points.decode`."""
-        table = torch.tensor(TABLES[self.table], device=codes.device)
-        return table[codes.to(torch.int64)] * self.absmax[self._blocks(columns)]
+        return self.table.numbers[codes.to(torch.int64)] * self.absmax[self._blocks(columns)]
 
     def pack(self, codes: Tensor) -> BlockwiseTable:
         """See `Points.pack`."""
-        return BlockwiseTable.pack(codes, self.stored, table=self.table, block_size=self.block_size)
+        return BlockwiseTable.pack(codes, self.stored, table=self.name, block_size=self.block_size)
 
     def _blocks(self, columns: Tensor) -> Tensor:
         rows, width = self.shape
@@ -93,8 +120,10 @@ class _Blockwise:
             stored = quantize_absmax(exact)
             absmax = stored.values()
         rows, columns = weight.shape
+        table = Table.named(self.table, weight.device)
+        shape = (rows, columns)
         return BlockwisePoints(
-            self.table, stored, reciprocals, absmax, (rows, columns), self.block_size
+            self.table, table, stored, reciprocals, absmax, shape, self.block_size
         )
 
 
@@ -108,15 +137,6 @@ class Float4(_Blockwise):
     """bitsandbytes' FP4: a sign, 2 bits of exponent, 1 of mantissa. It is not E2M1."""
 
     table = "fp4"
-
-
-def table_codes(normalized: Tensor, table: str) -> Tensor:
-    """Codes of the table's numbers nearest to each value, uint8; the lower one of two as near."""
-    values = torch.tensor(TABLES[table], device=normalized.device)
-    order = values.argsort(stable=True)
-    ordered = values[order]
-    middles = (ordered[:-1] + ordered[1:]) / 2
-    return order.to(torch.uint8)[torch.bucketize(normalized.contiguous(), middles)]
 
 
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:

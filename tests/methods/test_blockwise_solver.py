@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_qlab.formats import BlockwiseTable
 from pytest_qlab.formats.blockwise import TABLES, dynamic_map
-from pytest_qlab.solvers.blockwise import Float4, NormalFloat4, quantize_absmax, table_codes
+from pytest_qlab.solvers.blockwise import Float4, NormalFloat4, Table, quantize_absmax
 from pytest_qlab.solvers.codebook import round_nearest
 from tests.toy import digest, toy_weight
 
@@ -19,6 +19,10 @@ def packed(weight: torch.Tensor, codebook: NormalFloat4 | Float4) -> BlockwiseTa
     found = round_nearest(weight, codebook)
     assert isinstance(found, BlockwiseTable)
     return found
+
+
+def codes_of(normalized: torch.Tensor, table: str) -> torch.Tensor:
+    return Table.named(table, normalized.device).nearest(normalized)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_bytes_are_those_of_bitsandbytes(
 @given(value=st.floats(-1.5, 1.5, width=32))
 @pytest.mark.parametrize("table", ["nf4", "fp4"])
 def test_codes_are_of_the_nearest_number(table: str, value: float) -> None:
-    (code,) = table_codes(torch.tensor([value]), table).tolist()
+    (code,) = codes_of(torch.tensor([value]), table).tolist()
     numbers = np.array(TABLES[table])
     # Float32 rounds the middles between two numbers, by less than this.
     assert abs(numbers[code] - value) <= np.abs(numbers - value).min() + 1e-7
@@ -61,9 +65,9 @@ def test_codes_are_of_the_nearest_number(table: str, value: float) -> None:
 def test_halfway_is_the_lower_number(table: str) -> None:
     numbers = torch.tensor(sorted({value + 0.0 for value in TABLES[table]}))
     middles = (numbers[:-1] + numbers[1:]) / 2
-    codes = table_codes(middles, table).to(torch.int64)
+    codes = codes_of(middles, table).to(torch.int64)
     assert torch.equal(torch.tensor(TABLES[table])[codes], numbers[:-1])
-    above = table_codes(torch.nextafter(middles, torch.tensor(2.0)), table).to(torch.int64)
+    above = codes_of(torch.nextafter(middles, torch.tensor(2.0)), table).to(torch.int64)
     assert torch.equal(torch.tensor(TABLES[table])[above], numbers[1:])
 
 

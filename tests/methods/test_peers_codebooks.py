@@ -26,6 +26,7 @@ def weights() -> dict[str, Tensor]:
         "normal": normal,
         "heavy": normal**3,
         "like a model's": 0.02 * normal + 0.001,
+        "bfloat16": normal.bfloat16().float(),  # often halfway between two points
         "toy": toy_weight(),
     }
 
