@@ -126,7 +126,7 @@ class Nvfp4:
         largest = groups.abs().amax(-1)
         top = LARGEST_SCALE_OF_SIX if self.four_over_six else LARGEST_E4M3
         tiny = torch.finfo(torch.float32).tiny
-        # In two steps, since 6 * 448 times a subnormal scale would be no better known than that.
+        # Not subnormal, where little of it would be left.
         tensor_scale = (largest.amax() / (top * LARGEST)).clamp(min=tiny).to(torch.float32)
         wanted = largest / LARGEST / tensor_scale
         stored = _to_e4m3(wanted)
