@@ -8,6 +8,8 @@ from pytest_qlab.formats.activations import (
 )
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
+from pytest_qlab.formats.blockwise import BlockwiseTable
+from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.formats.ggml import GgmlBlocks
 from pytest_qlab.formats.outliers import WithOutliers
 from pytest_qlab.formats.plain import PlainWeight
@@ -15,7 +17,9 @@ from pytest_qlab.formats.plain import PlainWeight
 __all__ = [
     "ActivationQuantizer",
     "AffineGroups",
+    "BlockwiseTable",
     "GgmlBlocks",
+    "MicroscaledFloat4",
     "PackedWeight",
     "PerTensorAffine",
     "PerTokenSymmetric",

@@ -2,7 +2,8 @@
 
 The layout is that of GPTQ and AWQ checkpoints in content, row by row in order: codes, scales and
 zero points; a group index per column only where the groups are not consecutive columns. In bits per
-weight it takes `bits + (16 + bits) / group_size`, rows padded to whole bytes.
+weight it takes `bits + (16 + bits) / group_size`, rows padded to whole bytes. Zero points that are
+no codes, as HQQ's, are float16: `bits + 32 / group_size`.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class AffineGroups(PackedWeight):
     Args:
         codes: uint8 (m, packed_width(n, bits)), packed.
         scales: float16 or float32 (m, G).
-        zeros: uint8 (m, packed_width(G, bits)), packed; None for a symmetric grid, whose zero point
-            is 2**(bits - 1).
+        zeros: uint8 (m, packed_width(G, bits)), packed; or float16 (m, G), real numbers; None for a
+            symmetric grid, whose zero point is 2**(bits - 1).
         shape: (m, n).
         bits: width of a code.
         group_size: columns of a group, or -1 for the whole row.
@@ -88,23 +89,29 @@ class AffineGroups(PackedWeight):
         bits: int,
         group_size: int,
         column_groups: Tensor | None = None,
+        real_zeros: bool = False,
     ) -> Self:
         """Pack codes (m, n) and zero points (m, G), given as whole numbers in any type.
 
-        The scales are stored in the type they have, so that nothing is rounded after the codes have
-        been chosen.
+        With `real_zeros`, zero points are any numbers, in float16. Scales and such zero points are
+        stored in the type they have, so that nothing is rounded after the codes have been chosen.
 
         Raises:
-            ValueError: a code or zero point does not fit, or the scales are neither float16 nor
-                float32.
+            ValueError: a code or zero point does not fit, the scales are neither float16 nor
+                float32, or real zero points are not float16.
         """
         if scales.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"scales are stored as float16 or float32, not as {scales.dtype}")
+        if real_zeros and (zeros is None or zeros.dtype != torch.float16):
+            found = "missing" if zeros is None else zeros.dtype
+            raise ValueError(f"real zero points are stored as float16; they are {found}")
         rows, columns = codes.shape
+        if zeros is not None:
+            zeros = zeros.contiguous() if real_zeros else pack(zeros, bits)
         return cls(
             pack(codes, bits),
             scales.contiguous(),
-            None if zeros is None else pack(zeros, bits),
+            zeros,
             shape=(rows, columns),
             bits=bits,
             group_size=group_size,
@@ -125,7 +132,9 @@ class AffineGroups(PackedWeight):
         return unpack(self._codes, self.bits, self._shape[1])
 
     def zeros(self) -> Tensor:
-        """uint8 (m, G)."""
+        """uint8 (m, G), or float16 if they are real."""
+        if self._zeros is not None and self._zeros.is_floating_point():
+            return self._zeros
         if self._zeros is None:
             return torch.full(
                 self.scales.shape,
@@ -163,7 +172,9 @@ class AffineGroups(PackedWeight):
         groups = group_count(columns, group_size)
         zeros, column_groups = None, None
         if "zeros" in tensors:
-            zeros = stored_tensor(tensors, "zeros", (rows, packed_width(groups, bits)))
+            real = tensors["zeros"].is_floating_point()
+            width = groups if real else packed_width(groups, bits)
+            zeros = stored_tensor(tensors, "zeros", (rows, width))
         if "column_groups" in tensors:
             column_groups = stored_tensor(tensors, "column_groups", (columns,))
         return cls(

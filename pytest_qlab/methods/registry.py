@@ -15,6 +15,11 @@ ENTRY_POINT_GROUP = "pytest_qlab.methods"
 _BUILTIN = {
     "none": "pytest_qlab.methods.identity:Identity",
     "rtn": "pytest_qlab.methods.rtn:Rtn",
+    "hqq": "pytest_qlab.methods.hqq:Hqq",
+    "nf4": "pytest_qlab.methods.blockwise:Nf4",
+    "fp4": "pytest_qlab.methods.blockwise:Fp4",
+    "mxfp4": "pytest_qlab.methods.microscaled:Mxfp4",
+    "nvfp4": "pytest_qlab.methods.microscaled:Nvfp4",
     "dynamic": "pytest_qlab.methods.dynamic:Dynamic",
     "static": "pytest_qlab.methods.static:Static",
     "gptq": "pytest_qlab.methods.gptq:Gptq",

@@ -18,6 +18,7 @@ from pytest_qlab.engines.gguf.writer import base_tensors, write_gguf
 from pytest_qlab.errors import MethodError, MissingExtraError, ModelError, StoreError
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight
+from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.formats.ggml import GgmlBlocks
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.models.load import LoadedModel, load_model
@@ -147,6 +148,28 @@ def test_equal_grids_are_the_same_values(
         assert np.array_equal(values, expected)
 
 
+@pytest.mark.parametrize("exponents", [(0, 5), (110, 130), (240, 251)])
+def test_microscaled_blocks_are_the_same_values(exponents: tuple[int, int], tmp_path: Path) -> None:
+    """Subnormal scales as well, and up to the largest whose sixfold is a number."""
+    gguf = pytest.importorskip("gguf")
+    loaded = tiny("llama")
+    packed = _microscaled(64, exponents)
+    file = _write_base(tmp_path / "model.gguf", loaded, "F32", **{Q_PROJ: packed})
+    found = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.attn_q.weight")
+    assert found.tensor_type.name == "MXFP4"
+    values = gguf.quants.dequantize(found.data, found.tensor_type)
+    expected = _in_file_order(f"{Q_PROJ}.weight", packed.dequantize(), loaded)
+    assert np.array_equal(values, expected)
+
+
+def _microscaled(columns: int, exponents: tuple[int, int]) -> MicroscaledFloat4:
+    generator = torch.Generator().manual_seed(columns)
+    shape = (64, -(-columns // 32))
+    scales = torch.randint(*exponents, shape, generator=generator).to(torch.uint8)
+    codes = torch.randint(16, (64, columns), generator=generator)
+    return MicroscaledFloat4.pack(codes, scales, None, block_size=32)
+
+
 @pytest.mark.parametrize("type", ["Q5_1", "Q8_0"])
 def test_blocks_are_written_byte_for_byte(type: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
@@ -178,6 +201,15 @@ class _Other(PlainWeight):
         (
             _groups(64, 64, 4, column_groups=torch.arange(64) % 2),
             "has groups of columns that are not neighbours",
+        ),
+        (
+            MicroscaledFloat4.pack(
+                torch.zeros(64, 64),
+                torch.ones(64, 4).to(torch.float8_e4m3fn),
+                torch.ones(1),
+                block_size=16,
+            ),
+            "has a scale of the whole tensor",
         ),
         (_Other(torch.zeros(64, 64, dtype=torch.float64)), "is stored as 'lookup-table'"),
     ],

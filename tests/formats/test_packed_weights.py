@@ -51,6 +51,25 @@ def random_affine(
     return packed, weight
 
 
+def random_real(rows: int, columns: int, bits: int, group_size: int) -> tuple[AffineGroups, Tensor]:
+    """The same with zero points that are no codes."""
+    whole, _ = random_affine(rows, columns, bits, group_size, symmetric=False)
+    generator = torch.Generator().manual_seed(rows + 7 * columns + bits)
+    zeros = (20 * torch.randn(whole.scales.shape, generator=generator)).half()
+    length = columns if group_size == -1 else min(group_size, columns)
+    weight = torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            g = j // length
+            weight[i, j] = whole.scales[i, g].float() * (
+                int(whole.codes()[i, j]) - zeros[i, g].float()
+            )
+    packed = AffineGroups.pack(
+        whole.codes(), whole.scales, zeros, bits=bits, group_size=group_size, real_zeros=True
+    )
+    return packed, weight
+
+
 def reloaded(packed: PackedWeight, path: Path) -> tuple[PackedWeight, int]:
     """Save, load, and say how many bytes of the file are no header."""
     save_file(packed.tensors(), path)
@@ -85,6 +104,39 @@ def test_affine_groups_are_what_their_bits_say(
     assert again.metadata() == packed.metadata()
     assert again.nbytes == packed.nbytes == payload
     assert packed.bits_per_weight == pytest.approx(8 * payload / weight.numel())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=shapes,
+    bits=st.sampled_from([2, 3, 4, 8]),
+    group_size=st.sampled_from([-1, 8, 32]),
+)
+def test_zero_points_may_be_real_numbers(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, int], bits: int, group_size: int
+) -> None:
+    packed, weight = random_real(*shape, bits, group_size)
+    assert torch.equal(packed.dequantize(), weight)
+    assert not packed.symmetric
+    again, payload = reloaded(packed, tmp_path_factory.mktemp("packed") / "w.safetensors")
+    assert torch.equal(again.dequantize(), weight)
+    assert packed.nbytes == again.nbytes <= payload < packed.nbytes + 8
+    assert packed.nbytes == shape[0] * ((shape[1] * bits + 7) // 8) + 4 * packed.scales.numel()
+    index = torch.arange(shape[0]).flip(0)
+    assert torch.equal(packed.take_rows(index).dequantize(), weight.flip(0))
+
+
+@pytest.mark.parametrize("zeros", [None, torch.ones(1, 1)])
+def test_real_zero_points_of_another_type_are_refused(zeros: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"float16; they are (missing|torch\.float32)"):
+        AffineGroups.pack(
+            torch.zeros(1, 8),
+            torch.ones(1, 1),
+            zeros,
+            bits=4,
+            group_size=-1,
+            real_zeros=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +217,7 @@ def _without(name: str) -> Any:
         (lambda t, m: ({**t, "scales": t["scales"][:, :1]}, m), "scales.*shape"),
         (lambda t, m: ({**t, "zeros": t["zeros"][:1]}, m), "zeros.*shape"),
         (lambda t, m: (t, {**m, "bits": 5}), "codes of 5 bits"),
-        (lambda t, m: (t, {**m, "format": "novel"}), "novel.*affine-groups, ggml, plain"),
+        (lambda t, m: (t, {**m, "format": "novel"}), "novel.*affine-groups.*ggml.*plain"),
     ],
 )
 def test_damaged_tensors_are_refused(damage: Any, message: str) -> None:

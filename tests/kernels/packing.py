@@ -18,7 +18,10 @@ U = 2.0**-8
 
 @dataclass(frozen=True)
 class Case:
-    """Codes (m, n), scales and zero points (m, G), and the group of every column (n,)."""
+    """Codes (m, n), scales and zero points (m, G), and the group of every column (n,).
+
+    Zero points in float16 are real ones.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -43,6 +46,7 @@ class Case:
             bits=self.bits,
             group_size=self.group_size,
             column_groups=None if in_order else torch.from_numpy(self.groups),
+            real_zeros=self.zeros is not None and self.zeros.dtype == torch.float16,
         )
         return PackedLinear(packed, bias, activation, dtype)
 
@@ -73,10 +77,14 @@ def random_case(
     bits: int = 4,
     symmetric: bool = False,
     scattered: bool = False,
+    real_zeros: bool = False,
     exact: bool = False,
     seed: int = 0,
 ) -> Case:
-    """Codes and zero points drawn evenly; scales like real ones, or powers of 2 if `exact`."""
+    """Codes and zero points drawn evenly; scales like real ones, or powers of 2 if `exact`.
+
+    Real zero points are quarters, so that products with powers of 2 are exact in bfloat16.
+    """
     rng = np.random.default_rng(seed)
     length = columns if group_size == -1 else group_size
     count = -(-columns // length)
@@ -88,6 +96,8 @@ def random_case(
     else:
         scales = rng.uniform(0.001, 0.02, (rows, count))
     zeros = torch.from_numpy(rng.integers(0, 2**bits, (rows, count)).astype(np.uint8))
+    if real_zeros:
+        zeros = torch.from_numpy(rng.integers(-16, 4 * 2**bits, (rows, count)) / 4).half()
     return Case(
         torch.from_numpy(rng.integers(0, 2**bits, (rows, columns)).astype(np.uint8)),
         torch.from_numpy(scales.astype(np.float16)),

@@ -15,6 +15,7 @@ from pytest_qlab.kernels.choose import TOLERANCE, choose
 from pytest_qlab.kernels.crossover import MOST_ROWS, most_rows
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
+from pytest_qlab.methods.hqq import Hqq
 from tests.kernels.packing import normal, random_case
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +38,19 @@ def test_every_format_gets_its_kernel() -> None:
     assert kernel(INT8.layer()) == "int8pack"
     assert kernel(INT8.layer(activation=PerTokenSymmetric(8))) == "onednn-int8"
     assert kernel(INT8.layer(activation=PerTensorAffine.from_range(-2, 4, 8))) == "onednn-int8"
+
+
+def test_hqq_runs_on_the_int4_kernel() -> None:
+    weight = normal(64, 256).float()
+    source = PackedLinear(Hqq().quantize(weight, None).weight, None, None, torch.bfloat16)
+    choice = choose(source)
+    assert isinstance(choice.module, int4.Int4CpuLinear)
+    assert choice.rounding < 2.0**-7
+    for rows in (1, 9):
+        x = normal(rows, 256, seed=2)
+        exact = x.float() @ source.packed.dequantize().t()
+        off = choice.module(x).float() - exact
+        assert float(off.norm()) < 2.0**-7 * float(exact.norm())
 
 
 @pytest.mark.parametrize(

@@ -44,16 +44,23 @@ def test_every_weight_comes_through_to_the_bit(rows: int, group_size: int) -> No
 @given(
     rows=st.integers(1, 9).map(lambda n: 16 * n),
     groups=st.integers(1, 4),
-    symmetric=st.booleans(),
+    zeros=st.sampled_from(["whole", "real", "implied"]),
     scattered=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_any_codes_zeros_and_column_orders(
-    rows: int, groups: int, symmetric: bool, scattered: bool, seed: int
+    rows: int, groups: int, zeros: str, scattered: bool, seed: int
 ) -> None:
     assert_exact(
         random_case(
-            rows, 32 * groups, 32, symmetric=symmetric, scattered=scattered, exact=True, seed=seed
+            rows,
+            32 * groups,
+            32,
+            symmetric=zeros == "implied",
+            real_zeros=zeros == "real",
+            scattered=scattered,
+            exact=True,
+            seed=seed,
         )
     )
 
@@ -63,10 +70,13 @@ def test_tiles_of_a_wide_weight_come_through() -> None:
     assert_exact(random_case(64 * 7 + 32, 4096, 256, exact=True))
 
 
+@pytest.mark.parametrize("real_zeros", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("count", [1, 5, 70])
-def test_products_are_within_what_rounding_to_bfloat16_may_do(count: int, group_size: int) -> None:
-    case = random_case(96, 128, group_size)
+def test_products_are_within_what_rounding_to_bfloat16_may_do(
+    count: int, group_size: int, real_zeros: bool
+) -> None:
+    case = random_case(96, 128, group_size, real_zeros=real_zeros)
     module, x = Int4CpuLinear(case.layer()), normal(count, 128)
     rows = x.double().numpy()
     exact = rows @ case.exact.T

@@ -40,7 +40,8 @@ def lab_of(store: Path, model: str = "llama", **options: Any) -> Lab:
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    "spec", ["gguf:Q5_1", "gguf:Q8_0", "ggml:IQ4_NL", "gptq:group_size=32:symmetric", "none"]
+    "spec",
+    ["gguf:Q5_1", "gguf:Q8_0", "ggml:IQ4_NL", "gptq:group_size=32:symmetric", "mxfp4", "none"],
 )
 def test_what_is_written_and_opened_again_is_the_same_candidate(
     spec: str, model: str, tmp_path: Path

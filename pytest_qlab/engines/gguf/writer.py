@@ -21,6 +21,7 @@ from pytest_qlab.engines.gguf.vocabulary import Vocabulary, vocabulary_of
 from pytest_qlab.errors import MethodError, MissingExtraError, ModelError, StoreError, did_you_mean
 from pytest_qlab.formats.affine import AffineGroups, group_length
 from pytest_qlab.formats.base import PackedWeight
+from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.formats.ggml import GgmlBlocks, find_type, pack_blocks
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.models.structure import all_linears
@@ -229,6 +230,8 @@ def _entry(place: Place, value: PackedWeight | Tensor) -> _Entry:
             return ordered.data
         if isinstance(ordered, PlainWeight):
             return ordered.weight
+        if isinstance(ordered, MicroscaledFloat4):
+            return _mxfp4_blocks(ordered)
         assert isinstance(ordered, AffineGroups)
         return _blocks(ordered)
 
@@ -255,6 +258,8 @@ def _type_of(packed: PackedWeight, name: str) -> str:
         return packed.type
     if isinstance(packed, PlainWeight) and packed.weight.dtype in _NAMES:
         return _NAMES[packed.weight.dtype]
+    if isinstance(packed, MicroscaledFloat4):
+        return _microscaled_type(packed, name)
     if not isinstance(packed, AffineGroups):
         raise _inexpressible(name, f"is stored as {packed.format!r}")
     length, columns = group_length(packed.shape[1], packed.group_size), packed.shape[1]
@@ -273,11 +278,19 @@ def _type_of(packed: PackedWeight, name: str) -> str:
     return _AFFINE[packed.bits]
 
 
+def _microscaled_type(packed: MicroscaledFloat4, name: str) -> str:
+    if packed.tensor_scale is not None:
+        raise _inexpressible(name, "has a scale of the whole tensor")
+    if packed.block_size != _BLOCK or packed.shape[1] % _BLOCK:
+        raise _inexpressible(name, f"has rows of {packed.shape[1]}, which are no multiple of 32")
+    return "MXFP4"
+
+
 def _inexpressible(name: str, what: str) -> MethodError:
     return MethodError(
         f"{name} {what}, so no type of a GGUF file holds exactly its values. What can be written: "
-        "methods named gguf or ggml, and others with symmetric=true, bits=4 or 8, groups of a "
-        "multiple of 32 neighbouring columns (static_groups=true), and rows that are one, too."
+        "methods named gguf, ggml or mxfp4, and others with symmetric=true, bits=4 or 8, groups of "
+        "a multiple of 32 neighbouring columns (static_groups=true), and rows that are one, too."
     )
 
 
@@ -294,6 +307,12 @@ def _blocks(packed: AffineGroups) -> Tensor:
         codes = (codes.to(torch.int16) - 128).to(torch.int8)
     fields = {"d": scales.reshape(-1), "codes": codes}
     return pack_blocks(_AFFINE[packed.bits], fields).view(packed.shape[0], -1)
+
+
+def _mxfp4_blocks(packed: MicroscaledFloat4) -> Tensor:
+    """The same codes and exponents in llama.cpp's blocks: uint8 (m, bytes of a row)."""
+    fields = {"e": packed.scales.reshape(-1), "codes": packed.codes().reshape(-1, _BLOCK)}
+    return pack_blocks("MXFP4", fields).view(packed.shape[0], -1)
 
 
 def _write(

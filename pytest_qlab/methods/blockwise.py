@@ -1,0 +1,69 @@
+"""`nf4` and `fp4`: a table of 16 numbers times the largest magnitude of a block; bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from pytest_qlab.methods.base import Method, QuantizedLayer
+from pytest_qlab.methods.inputs import check_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_qlab.calibration.statistics import LayerStatistics
+
+
+class Nf4(Method):
+    """QLoRA's NormalFloat, as in bitsandbytes.
+
+    Options:
+        block_size: weights of the flattened matrix that share a scale.
+        double_quant: store the scales in 8 bits.
+    """
+
+    name: ClassVar[str] = "nf4"
+    summary: ClassVar[str] = "quantiles of the normal distribution, scaled per block"
+    reference: ClassVar[str] = "arXiv 2305.14314; bitsandbytes"
+
+    block_size: int = Field(default=64, ge=8)
+    double_quant: bool = False
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        """Round to the nearest number of the table; see `Method.quantize`."""
+        from pytest_qlab.solvers.blockwise import NormalFloat4
+        from pytest_qlab.solvers.codebook import round_nearest
+
+        check_weight(weight, name)
+        codebook = NormalFloat4(self.block_size, self.double_quant)
+        return QuantizedLayer(round_nearest(weight, codebook))
+
+
+class Fp4(Method):
+    """bitsandbytes' 4-bit float; its numbers are not those of E2M1.
+
+    Options:
+        block_size: weights of the flattened matrix that share a scale.
+        double_quant: store the scales in 8 bits.
+    """
+
+    name: ClassVar[str] = "fp4"
+    summary: ClassVar[str] = "bitsandbytes' 4-bit floats, scaled per block"
+    reference: ClassVar[str] = "bitsandbytes"
+
+    block_size: int = Field(default=64, ge=8)
+    double_quant: bool = False
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        """Round to the nearest number of the table; see `Method.quantize`."""
+        from pytest_qlab.solvers.blockwise import Float4
+        from pytest_qlab.solvers.codebook import round_nearest
+
+        check_weight(weight, name)
+        codebook = Float4(self.block_size, self.double_quant)
+        return QuantizedLayer(round_nearest(weight, codebook))
