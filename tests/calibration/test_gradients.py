@@ -92,6 +92,7 @@ def test_they_are_finite_differences_squared_for_each_sequence(tmp_path: Path) -
                 losses = []
                 for sign in (1, -1):
                     weight = site.stored.detach()
+                    weight = weight.t() if site.transposed else weight
                     kept = weight[i, j].item()
                     weight[i, j] = kept + sign * step
                     with torch.no_grad():
