@@ -9,6 +9,7 @@ from pytest_qlab.formats.activations import (
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
 from pytest_qlab.formats.ggml import GgmlBlocks
+from pytest_qlab.formats.lookup import RowLookup
 from pytest_qlab.formats.outliers import WithOutliers
 from pytest_qlab.formats.plain import PlainWeight
 
@@ -20,6 +21,7 @@ __all__ = [
     "PerTensorAffine",
     "PerTokenSymmetric",
     "PlainWeight",
+    "RowLookup",
     "WithOutliers",
     "load_activation",
     "load_packed",
