@@ -21,7 +21,7 @@ SMALLEST_FLOAT16_ENTRY = 2.0**-14
 
 def table_length(columns: int, bits: int) -> int:
     """Entries in the table of a row."""
-    return min(2**bits, columns)
+    return min(1 << bits, columns)
 
 
 def table_storage_dtype(tables: Tensor) -> torch.dtype:

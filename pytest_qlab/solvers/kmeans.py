@@ -54,14 +54,15 @@ def _centers(points: Tensor, weights: Tensor, clusters: int) -> Tensor:
     x = x / torch.where(reach > 0, reach, 1.0)
 
     bounds = _best_intervals(_Sums.of(x, w), clusters)
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape).contiguous()
-    member = torch.searchsorted(bounds[:, 1:].contiguous(), places, right=True)
+    count = bounds.diff(dim=1)
 
     def per_cluster(values: Tensor) -> Tensor:
-        return values.new_zeros(len(x), clusters).scatter_add_(1, member, values)
+        sums = torch.segment_reduce(
+            values.flatten(), "sum", lengths=count.flatten(), unsafe=True, initial=0
+        )
+        return sums.view(count.shape)
 
-    count, weight = per_cluster(torch.ones_like(x)), per_cluster(w)
-    plain = per_cluster(x) / count
+    weight, plain = per_cluster(w), per_cluster(x) / count
     centers = torch.where(weight > 0, per_cluster(w * x) / weight, plain)
     # A cluster without points gets the point that would be its first.
     spare = x.gather(1, bounds[:, :-1].clamp(max=x.shape[1] - 1))

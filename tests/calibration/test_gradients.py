@@ -54,7 +54,7 @@ def by_backward(model: Any, ids: list[list[int]]) -> dict[str, Tensor]:
     model.requires_grad_(True)
     for each in ids:
         model.zero_grad()
-        loss_of(model, each).backward()
+        torch.autograd.backward(loss_of(model, each))
         for site in sites:
             if site.stored.grad is not None:
                 grad = site.stored.grad.t() if site.transposed else site.stored.grad
@@ -123,7 +123,8 @@ def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
 def test_short_memory_runs_fewer_sequences_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, lines = build("llama"), []
+    model = build("llama")
+    lines: list[str] = []
     weights = sum(8 * site.stored.numel() for site in all_linears(model))
     for copies, steps in ((100, 2), (4, 3), (0, 6)):
         monkeypatch.setattr(gradients_module, "available_memory", lambda n=copies: n * weights)

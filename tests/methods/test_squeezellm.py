@@ -81,6 +81,23 @@ def test_scales_of_weights_and_gradients_do_not_matter(scale: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 
 
+def test_points_are_what_a_solver_may_ask_for() -> None:
+    """Column by column, as solvers with feedback do it."""
+    weight, fisher = problem(5, 24)
+    points = RowTables(3, fisher).fit(weight)
+    columns = torch.tensor([7, 3, 20])
+    codes = points.nearest(weight[:, columns] + 0.3, columns)
+    found = points.decode(codes, columns)
+    for i in range(5):
+        for j, column in enumerate(columns.tolist()):
+            table = points.tables[i].float()
+            nearest = table[(table - weight[i, column] - 0.3).abs().argmin()]
+            assert float(found[i, j]) == float(nearest)
+    everywhere = torch.arange(24)
+    codes = points.nearest(weight, everywhere)
+    assert torch.equal(points.pack(codes).dequantize(), points.decode(codes, everywhere))
+
+
 def test_constant_and_empty_rows_are_exact() -> None:
     weight, fisher = problem()
     weight[0], weight[1], weight[2] = 0, 0.5, -0.25
