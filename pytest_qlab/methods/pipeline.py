@@ -222,8 +222,10 @@ class Pass:
         """Quantize some layers, those that a method can solve together in one call of it."""
         together: dict[Any, list[LayerContext]] = {}
         for layer in layers:
-            # Of the original model each layer has its own statistics, which folds may have changed.
-            inputs = layer.name if self.stream is None else layer.input_group
+            # Of the original model each layer has its own statistics, which folds may have changed;
+            # and gradients are each layer's own.
+            alone = self.stream is None or "fisher" in self.method.wanted_statistics
+            inputs = layer.name if alone else layer.input_group
             together.setdefault((self.assigned[layer.name], inputs), []).append(layer)
 
         def solve(shared: list[LayerContext]) -> list[QuantizedLayer]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ from torch.nn.functional import cross_entropy
 from pytest_qlab.calibration import gradients as gradients_module
 from pytest_qlab.calibration.gradients import StoredGradients, WithGradients, write_gradients
 from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
-from pytest_qlab.calibration.statistics import Accumulator
+from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
 from pytest_qlab.errors import MethodError
+from pytest_qlab.methods.awq import Awq
+from pytest_qlab.methods.base import Method, QuantizedLayer, Statistic
 from pytest_qlab.methods.blocks import FoldContext, LayerContext
+from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.models.experts import unfuse_experts
-from pytest_qlab.models.structure import all_linears, decoder_blocks
+from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
 from tests.architectures import ARCHITECTURES, VOCABULARY
+from tests.lab.tiny import tiny_lab
 
 
 def build(name: str) -> Any:
@@ -199,6 +204,61 @@ def test_a_source_of_statistics_takes_them_along(tmp_path: Path) -> None:
                 assert torch.equal(known.fisher, expected[name])
             else:  # a router
                 assert known.fisher is None
+
+
+seen: dict[str, LayerStatistics] = {}
+
+
+class Watching(Gptq):
+    """Keeps the statistics that it is given, those of a stream of quantized blocks."""
+
+    name: ClassVar[str] = "watching"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"gram", "fisher"})
+
+    def quantize_shared(
+        self, weights: Mapping[str, Tensor], statistics: LayerStatistics | None
+    ) -> list[QuantizedLayer]:
+        assert statistics is not None
+        seen.update(dict.fromkeys(weights, statistics))
+        return super().quantize_shared(weights, statistics)
+
+
+class Scaling(Awq):
+    """Keeps the statistics that it is given, those of the original model after folds."""
+
+    name: ClassVar[str] = "scaling"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"channels", "gram", "fisher"})
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        assert statistics is not None
+        seen[name] = statistics
+        return super().quantize(weight, statistics, name=name)
+
+
+@pytest.mark.parametrize("method", [Watching(), Scaling(bits=3)], ids=lambda method: method.name)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_layer_is_given_its_own(method: Method, architecture: str, tmp_path: Path) -> None:
+    """On the stream of quantized blocks, too; and changed by folds as the weights are."""
+    seen.clear()
+    lab = tiny_lab(tmp_path, architecture)
+    scales = lab.checkpoint(method).scales()
+    assert bool(scales) == (method.name == "scaling")
+    gradients = lab.gradients()
+    for index, (name, block) in enumerate(decoder_blocks(lab.base_model)):
+        for site in quantizable_linears(block, name):
+            expected = gradients(index)[site.name]
+            folds = scales.get(site.name, {})
+            if "column" in folds:
+                expected = expected / folds["column"] ** 2
+            if "row" in folds:
+                expected = expected * folds["row"][:, None] ** 2
+            given = seen.pop(site.name)
+            assert given.gram is not None
+            assert given.fisher is not None
+            torch.testing.assert_close(given.fisher, expected)
+    assert not seen
 
 
 def test_they_follow_a_fold() -> None:

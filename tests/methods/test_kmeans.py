@@ -147,6 +147,13 @@ def test_centers_follow_the_scale_of_the_points_and_not_that_of_the_weights(scal
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_device_finds_the_same() -> None:
+    points, weights = random_rows(9, 333)
+    found = kmeans_rows(points.cuda(), weights.cuda(), 8)
+    torch.testing.assert_close(found.cpu(), kmeans_rows(points, weights, 8))
+
+
 def test_a_constant_far_away_is_no_loss_of_precision() -> None:
     points, weights = random_rows(2, 50)
     far = points.double() + 1e6

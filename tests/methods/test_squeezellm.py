@@ -18,6 +18,7 @@ from pytest_qlab.methods.squeezellm import SqueezeLlm, largest
 from pytest_qlab.solvers.codebook import round_nearest
 from pytest_qlab.solvers.kmeans import kmeans_rows
 from pytest_qlab.solvers.tables import RowTables
+from tests.architectures import ARCHITECTURES
 from tests.lab.test_streaming import contents, lab
 from tests.lab.tiny import saved_tiny_model, tiny_lab
 
@@ -184,7 +185,7 @@ def test_what_it_asks_for_and_how_it_is_called() -> None:
     assert SqueezeLlm(dense_and_sparse=True).id == "squeezellm-w4-dense_and_sparse"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_lab_collects_gradients_once_and_quantizes(tmp_path: Path, architecture: str) -> None:
     made = tiny_lab(tmp_path, architecture)
     four, three = made.candidate("squeezellm"), made.candidate("squeezellm:bits=3")
