@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qlab.calibration.gradients import StoredGradients, WithGradients, write_gradients
 from pytest_qlab.calibration.sources import (
+    StatisticsSource,
     StoredStatistics,
     write_statistics,
     write_statistics_streamed,
 )
 from pytest_qlab.candidate import Candidate
 from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from pytest_qlab.errors import SpecError
+from pytest_qlab.errors import MethodError, SpecError
 from pytest_qlab.inputs import (
     CalibrationInput,
     CalibrationSet,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 QUANTIZED_VERSION = 4
 STATISTICS_VERSION = 3
+GRADIENTS_VERSION = 1
 LARGE_GRAM_BYTES = 2**30
 
 
@@ -318,6 +321,50 @@ class Lab:
             "statistics", parts, build, StoredStatistics, resumable=lazy is not None
         )
 
+    def gradients(self) -> StoredGradients:
+        """Squared gradients of the base model's loss on the calibration text; computed once.
+
+        Raises:
+            MethodError: they are not in the store yet, and the model is read block by block.
+        """
+        parts = {
+            **self.base_identity(),
+            "calibration": self.calibration_input.identity,
+            "code": GRADIENTS_VERSION,
+        }
+
+        def build(directory: Path) -> None:
+            if self._streaming.lazy() is not None:
+                raise MethodError(
+                    "Gradients of the loss take the whole model in memory at once, and this one is "
+                    "read block by block. Give --qlab-stream=never on a machine with room for four "
+                    "times the model; what is computed there is kept in the store, and "
+                    "can be used from it anywhere. Or choose a method that needs no gradients, "
+                    "such as gptq."
+                )
+            sequences = self.calibration.sequences
+            forwards = write_gradients(
+                directory,
+                self.base_model,
+                sequences,
+                threads=self.threads,
+                progress=self.progress,
+            )
+            self.count_forwards(forwards)
+
+        return self.store.get("gradients", parts, build, StoredGradients)
+
+    def _statistics_for(self, method: Method) -> StatisticsSource | None:
+        """What a method is given of the original model."""
+        wanted = method.wanted_statistics
+        if "fisher" in wanted:
+            # First the gradients, which may not be had.
+            gradients = self.gradients()
+            return WithGradients(self.statistics(gram="gram" in wanted), gradients)
+        if method.stream == "original":
+            return self.statistics(gram="gram" in wanted)
+        return None
+
     def _has_statistics(self, parts: dict[str, Any], *, gram: bool) -> bool:
         return self.store.has("statistics", {**parts, "gram": gram})
 
@@ -338,9 +385,7 @@ class Lab:
         lazy = self._streaming.lazy_for(method)
 
         def build(directory: Path) -> None:
-            statistics = None
-            if method.stream == "original":
-                statistics = self.statistics(gram="gram" in method.wanted_statistics)
+            statistics = self._statistics_for(method)
             if lazy is not None:
                 sequences = () if method.stream == "none" else self.calibration.sequences
                 build_streamed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,9 @@ class LayerStatistics:
         square_sum: float32 [n], sum over tokens of x**2; over `tokens`, the importance of a column
             (llama.cpp's imatrix).
         gram: float32 [n, n], sum over tokens of x x^T; None where only channels were asked for.
+        fisher: float32 [m, n], of each of the layer's m x n weights the sum over sequences of the
+            squared gradient of the loss, which belongs to the layer and not to its inputs alone;
+            None where it was not asked for.
     """
 
     tokens: int
@@ -32,9 +35,13 @@ class LayerStatistics:
     mean_abs: Tensor
     square_sum: Tensor
     gram: Tensor | None = None
+    fisher: Tensor | None = None
 
     def rescaled(self, scale: Tensor) -> LayerStatistics:
-        """Statistics of the inputs x / scale, for a positive scale of shape [n]."""
+        """Statistics of the inputs x / scale, for a positive scale of shape [n].
+
+        The weight's columns are multiplied by it, so that its gradients are divided.
+        """
         return LayerStatistics(
             self.tokens,
             self.minimum / scale,
@@ -42,7 +49,17 @@ class LayerStatistics:
             self.mean_abs / scale,
             self.square_sum / scale**2,
             None if self.gram is None else self.gram / scale / scale[:, None],
+            None if self.fisher is None else self.fisher / scale**2,
         )
+
+    def rescaled_rows(self, scale: Tensor) -> LayerStatistics:
+        """Statistics of a layer whose weight's rows were divided by a positive scale of shape [m].
+
+        Those of the inputs stay; gradients are multiplied by it.
+        """
+        if self.fisher is None:
+            return self
+        return replace(self, fisher=self.fisher * scale[:, None] ** 2)
 
     def to(self, device: torch.device) -> LayerStatistics:
         """The same statistics on another device."""
@@ -53,10 +70,11 @@ class LayerStatistics:
             self.mean_abs.to(device),
             self.square_sum.to(device),
             None if self.gram is None else self.gram.to(device),
+            None if self.fisher is None else self.fisher.to(device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All fields as tensors, for a safetensors file."""
+        """All fields as tensors, for a safetensors file; `fisher`, which has one, is not in it."""
         stored = {
             "tokens": torch.tensor(self.tokens),
             "minimum": self.minimum,

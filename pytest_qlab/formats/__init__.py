@@ -11,6 +11,7 @@ from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
 from pytest_qlab.formats.blockwise import BlockwiseTable
 from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.formats.ggml import GgmlBlocks
+from pytest_qlab.formats.lookup import RowLookup
 from pytest_qlab.formats.outliers import WithOutliers
 from pytest_qlab.formats.plain import PlainWeight
 
@@ -24,6 +25,7 @@ __all__ = [
     "PerTensorAffine",
     "PerTokenSymmetric",
     "PlainWeight",
+    "RowLookup",
     "WithOutliers",
     "load_activation",
     "load_packed",

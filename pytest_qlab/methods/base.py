@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
 
 Bits = Literal[2, 3, 4, 8]
-Statistic = Literal["channels", "gram"]
+Statistic = Literal["channels", "gram", "fisher"]
 Stream = Literal["none", "original", "quantized"]
 
 

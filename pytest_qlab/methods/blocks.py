@@ -48,7 +48,8 @@ class FoldContext:
     def apply(self, scale: Tensor) -> None:
         """Divide the previous operation's outputs by `scale` [n], multiply the layers' columns.
 
-        The layers' statistics follow, so that they describe the inputs x / scale.
+        The layers' statistics follow, so that they describe the inputs x / scale, as do the
+        gradients of the layer before.
         """
         self.fold.apply(scale)
         for layer in self.layers:
@@ -57,6 +58,8 @@ class FoldContext:
             known = layer.column_scale
             layer.column_scale = scale if known is None else known * scale
         if self.previous is not None:
+            if self.previous.statistics is not None:
+                self.previous.statistics = self.previous.statistics.rescaled_rows(scale)
             known = self.previous.row_scale
             self.previous.row_scale = scale if known is None else known * scale
 

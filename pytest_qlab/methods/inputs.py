@@ -48,7 +48,13 @@ def check_weight(weight: Tensor, name: str) -> None:
 
 
 def check_statistics(
-    statistics: LayerStatistics | None, weight: Tensor, name: str, method: str, *, gram: bool
+    statistics: LayerStatistics | None,
+    weight: Tensor,
+    name: str,
+    method: str,
+    *,
+    gram: bool,
+    fisher: bool = False,
 ) -> LayerStatistics:
     """The calibration statistics, which must be there, fit the weight and be finite.
 
@@ -56,8 +62,13 @@ def check_statistics(
         MethodError: they are missing, of another size, or hold NaN or infinity.
     """
     layer = name or "a layer"
-    if statistics is None or (gram and statistics.gram is None):
+    if (
+        statistics is None
+        or (gram and statistics.gram is None)
+        or (fisher and statistics.fisher is None)
+    ):
         what = "the Gram matrix of the inputs" if gram else "the range of the inputs"
+        what = "the squared gradients of the loss" if fisher else what
         raise MethodError(
             f"The method {method!r} needs {what} of {layer}, which calibration did not collect. "
             "Run it through a Lab with calibration text."
@@ -66,6 +77,13 @@ def check_statistics(
     needed = [statistics.minimum, statistics.maximum, statistics.mean_abs]
     if gram and statistics.gram is not None:
         needed.append(statistics.gram)
+    if fisher and statistics.fisher is not None:
+        if statistics.fisher.shape != weight.shape:
+            raise MethodError(
+                f"The squared gradients of {layer} have the shape {tuple(statistics.fisher.shape)},"
+                f" its weight has {tuple(weight.shape)}. They belong to another layer or model."
+            )
+        needed.append(statistics.fisher)
     if any(tensor.shape[-1] != columns for tensor in needed):
         raise MethodError(
             f"The calibration statistics of {layer} are for {needed[0].shape[-1]} input channels, "

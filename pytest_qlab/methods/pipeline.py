@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +74,8 @@ def quantize_model(
 
     Args:
         sequences: calibration token ids, needed by methods with a stream.
-        statistics: the original model's, for methods whose stream is `original`.
+        statistics: the original model's, for methods whose stream is `original` or that need its
+            gradients.
     """
     started = time.perf_counter()
     with torch.inference_mode(False), torch.no_grad():
@@ -212,14 +213,19 @@ class Pass:
             gram="gram" in self.method.wanted_statistics,
         )
         for layer in layers:
-            layer.statistics = found[layer.name].to(layer.site.stored.device)
+            # Gradients are the original model's, whatever the stream.
+            fisher = None if layer.statistics is None else layer.statistics.fisher
+            collected = found[layer.name].to(layer.site.stored.device)
+            layer.statistics = replace(collected, fisher=fisher)
 
     def _quantize(self, layers: list[LayerContext]) -> None:
         """Quantize some layers, those that a method can solve together in one call of it."""
         together: dict[Any, list[LayerContext]] = {}
         for layer in layers:
-            # Of the original model each layer has its own statistics, which folds may have changed.
-            inputs = layer.name if self.stream is None else layer.input_group
+            # Of the original model each layer has its own statistics, which folds may have changed;
+            # and gradients are each layer's own.
+            alone = self.stream is None or "fisher" in self.method.wanted_statistics
+            inputs = layer.name if alone else layer.input_group
             together.setdefault((self.assigned[layer.name], inputs), []).append(layer)
 
         def solve(shared: list[LayerContext]) -> list[QuantizedLayer]:

@@ -24,6 +24,7 @@ _BUILTIN = {
     "static": "pytest_qlab.methods.static:Static",
     "gptq": "pytest_qlab.methods.gptq:Gptq",
     "awq": "pytest_qlab.methods.awq:Awq",
+    "squeezellm": "pytest_qlab.methods.squeezellm:SqueezeLlm",
     "ggml": "pytest_qlab.methods.ggml:Ggml",
     "gguf": "pytest_qlab.methods.gguf:Gguf",
     "gguf_file": "pytest_qlab.engines.gguf.method:GgufFile",
