@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lab = Lab(
         options.model,
         max_windows=options.max_windows,
-        progress=lambda line: sys.stderr.write(f"{line}\n"),
+        progress=lambda line: print(line, file=sys.stderr),
         **given,
     )
     page = None if options.into is None else options.into.read_text(encoding="utf-8")
