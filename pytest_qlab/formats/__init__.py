@@ -8,14 +8,18 @@ from pytest_qlab.formats.activations import (
 )
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
+from pytest_qlab.formats.bilevel import BilevelAffine
 from pytest_qlab.formats.ggml import GgmlBlocks
+from pytest_qlab.formats.incoherent import Incoherent
 from pytest_qlab.formats.outliers import WithOutliers
 from pytest_qlab.formats.plain import PlainWeight
 
 __all__ = [
     "ActivationQuantizer",
     "AffineGroups",
+    "BilevelAffine",
     "GgmlBlocks",
+    "Incoherent",
     "PackedWeight",
     "PerTensorAffine",
     "PerTokenSymmetric",
