@@ -1,12 +1,12 @@
 """SpQR: GPTQ on groups so small that their scales are quantized too, and with outliers left out.
 
 Dettmers et al.: SpQR, ICLR 2024 (arXiv 2306.03078), as the reference code Vahe1994/SpQR has it.
-Columns are rounded one after the other as with GPTQ. When a group of columns is reached, each of its
-weights is left out in turn; those without which the rest of the group would be rounded much better
-are likely outliers, and the grid is fitted to the others. A weight whose own error is then still too
-large is kept as it is.
+Columns are rounded one after the other as with GPTQ. When a group of columns is reached, each of
+its weights is left out in turn; those without which the rest of the group would be rounded much
+better are likely outliers, and the grid is fitted to the others. A weight whose own error is then
+still too large is kept as it is.
 
-H = R R^T is factored as in `solvers/gptq.py`; the U of the paper, U^T U = H^-1, is the inverse of R.
+H = R R^T is factored as in `solvers/gptq.py`; the paper's U, U^T U = H^-1, is the inverse of R.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class _Solver:
             torch.stack([each.ranges for each in zeros], 2),
             back // length if self.scattered else None,
             layer.outliers.T.index_select(1, back),
-            ((w - layer.delta).to(torch.float64) * unit).T.index_select(1, back).to(weight.dtype),
+            (layer.made.to(torch.float64) * unit).T.index_select(1, back).to(weight.dtype),
             float(layer.loss) * unit**2 * self.unit,
             self.damp_percent,
         )
@@ -241,6 +241,7 @@ class _Layer:
         self.threshold = threshold
         self.codes = torch.empty_like(w, dtype=torch.uint8)
         self.outliers = torch.zeros_like(w, dtype=torch.bool)
+        self.made = torch.empty_like(w)
         self.delta = torch.zeros_like(w)  # W - Q
         self.scales: list[Rounded] = []
         self.zeros: list[Rounded] = []
@@ -264,6 +265,7 @@ class _Layer:
                 made = torch.where(kept, self._stored(current), made)
                 error = (current - made) * r[i, i]
             self.loss += error.square().sum(dtype=torch.float64)
+            self.made[start + i] = made
             torch.sub(self.w[start + i], made, out=self.delta[start + i])
             now[i + 1 :].addr_(u[i, i + 1 :], error, alpha=-1)
 
