@@ -33,7 +33,8 @@ def decode_statistics(
     """
     groups = torch.arange(len(codes), device=codes.device) // group_size
     least, step = ranges.to(dtype)
-    return least.index_select(0, groups) + step.index_select(0, groups) * codes
+    decoded: Tensor = least.index_select(0, groups) + step.index_select(0, groups) * codes
+    return decoded
 
 
 @register_format

@@ -77,14 +77,12 @@ def leave_one_out(group: Tensor, importance: Tensor, bits: int) -> Tensor:
     total = whole.sum(0)
     if len(group) == 1:
         return whole
-    gain = whole
-    for largest, fit in (
-        (False, lambda second: fit_range(second, high, bits)),
-        (True, lambda second: fit_range(low, second, bits)),
-    ):
+    gain = whole.clone()
+    for largest in (False, True):
         extremes, at = group.topk(2, 0, largest=largest)
-        others = errors(fit(extremes[1])).scatter_(0, at[:1], 0)
-        gain = gain.scatter(0, at[:1], (total - others.sum(0))[None])
+        ends = (low, extremes[1]) if largest else (extremes[1], high)
+        others = errors(fit_range(*ends, bits)).scatter_(0, at[:1], 0)
+        gain.scatter_(0, at[:1], (total - others.sum(0))[None])
     return gain
 
 

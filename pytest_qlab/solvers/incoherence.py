@@ -69,8 +69,8 @@ def make_incoherent(
             scales = ratio.sqrt().sqrt().to(torch.float16)
             w = w * scales
             h = h / scales / scales[:, None]
-        trace = h.trace().clamp(min=torch.finfo(torch.float64).tiny)
-        h = h * (columns / trace)
+        trace = h.trace()  # 0 where no input was ever used
+        h = h * torch.where(trace > 0, columns / trace, 0)
         h.diagonal().add_(REGULARIZATION)
         h = v.apply(v.apply(h).T.contiguous())
     return Rotated(u.apply(v.apply(w).T.contiguous()).T.contiguous(), h, scales, u, v)
@@ -92,11 +92,13 @@ class EvenPoints:
     def nearest(self, values: Tensor, columns: Tensor) -> Tensor:
         """Codes, uint8, of the nearest points; halves go up, as in the reference."""
         top = 2**self.bits - 1
-        return ((values + 1) * (top / 2) + 0.5).floor_().clamp_(0, top).to(torch.uint8)
+        codes: Tensor = ((values + 1) * (top / 2) + 0.5).floor_().clamp_(0, top)
+        return codes.to(torch.uint8)
 
     def decode(self, codes: Tensor, columns: Tensor) -> Tensor:
         """The points of codes."""
-        return codes.to(torch.float32) * (2 / (2**self.bits - 1)) - 1
+        points: Tensor = codes.to(torch.float32) * (2 / (2**self.bits - 1)) - 1
+        return points
 
     def pack(self, codes: Tensor) -> Incoherent:
         """Lay out the bits."""
@@ -146,7 +148,7 @@ def quip_solve(
     units = (rotated.weight / end.where(end > 0, 1)).clamp_(-1, 1).to(torch.float32)
     points = EvenPoints(rotated, end, bits)
     if rotated.gram is None:
-        return points.pack(points.nearest(units, torch.arange(units.shape[1])))
+        return points.pack(points.nearest(units, torch.arange(units.shape[1], device=units.device)))
     solution = ldlq(
         units,
         rotated.gram,

@@ -116,7 +116,7 @@ class _State:
     """What the columns have become so far; all tensors are (n, m), in the order of taking."""
 
     def __init__(self, w: Tensor, points: Points, taken: Tensor) -> None:
-        self.w, self._points, self._columns = w, points, taken.split(1)
+        self.w, self._points, self._columns = w, points, torch.split(taken, 1)
         self.made = torch.zeros_like(w)
         self.delta = torch.zeros_like(w)  # W - Q
         self.codes = torch.empty(0)

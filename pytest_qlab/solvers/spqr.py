@@ -208,7 +208,7 @@ class _Solver:
 
     def _storage(self, w: Tensor, unit: float) -> torch.dtype:
         """float16 unless scales or weights do not survive it."""
-        groups = w.split(self.length)
+        groups = torch.split(w, self.length)
         scales = torch.stack(
             [fit_range(g.amin(0), g.amax(0), self.rule.bits).scale for g in groups]
         )

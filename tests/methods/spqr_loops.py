@@ -24,7 +24,7 @@ def loop_grid(values: list[float], bits: int) -> tuple[float, float]:
 def loop_code(value: float, scale: float, zero: float, bits: int) -> int:
     # Where the scale is 0, all codes stand for 0.
     steps = value / max(scale, 1e-300)
-    return min(max(round(steps + zero), 0), 2**bits - 1)
+    return max(0, min(round(steps + zero), int(2**bits - 1)))
 
 
 def loop_point(value: float, scale: float, zero: float, bits: int) -> float:
