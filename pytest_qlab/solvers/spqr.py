@@ -48,7 +48,7 @@ class SpqrRule:
             output, beyond which an error makes an outlier; infinite for none.
         leave_one_out: fit grids without likely outliers.
         dtype: of ranges of scales and of outliers; None for float16 where it holds them, else
-            float32.
+            float32. With float64, nothing is rounded to be stored, ranges of zero points neither.
     """
 
     bits: int = 3

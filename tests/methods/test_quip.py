@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -254,6 +256,14 @@ def test_what_cannot_be_solved_is_said() -> None:
     weight[2, 2] = math.nan
     with pytest.raises(MethodError, match="up_proj contains NaN"):
         Quip().quantize(weight, statistics, name="up_proj")
+
+
+def test_reading_options_imports_no_torch() -> None:
+    code = (
+        "import sys, pytest_qlab.methods.quip, pytest_qlab.methods.spqr;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_options_are_named_and_checked() -> None:
