@@ -8,9 +8,11 @@ from pytest_qlab.formats.activations import (
 )
 from pytest_qlab.formats.affine import AffineGroups
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
+from pytest_qlab.formats.bilevel import BilevelAffine
 from pytest_qlab.formats.blockwise import BlockwiseTable
 from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.formats.ggml import GgmlBlocks
+from pytest_qlab.formats.incoherent import Incoherent
 from pytest_qlab.formats.lookup import RowLookup
 from pytest_qlab.formats.outliers import WithOutliers
 from pytest_qlab.formats.plain import PlainWeight
@@ -18,8 +20,10 @@ from pytest_qlab.formats.plain import PlainWeight
 __all__ = [
     "ActivationQuantizer",
     "AffineGroups",
+    "BilevelAffine",
     "BlockwiseTable",
     "GgmlBlocks",
+    "Incoherent",
     "MicroscaledFloat4",
     "PackedWeight",
     "PerTensorAffine",

@@ -23,6 +23,8 @@ _BUILTIN = {
     "dynamic": "pytest_qlab.methods.dynamic:Dynamic",
     "static": "pytest_qlab.methods.static:Static",
     "gptq": "pytest_qlab.methods.gptq:Gptq",
+    "quip": "pytest_qlab.methods.quip:Quip",
+    "spqr": "pytest_qlab.methods.spqr:Spqr",
     "awq": "pytest_qlab.methods.awq:Awq",
     "squeezellm": "pytest_qlab.methods.squeezellm:SqueezeLlm",
     "ggml": "pytest_qlab.methods.ggml:Ggml",

@@ -143,7 +143,7 @@ class _Solver:
         position = torch.arange(columns, device=h.device)
         self.order = h.diagonal().argsort(descending=True, stable=True) if desc_act else position
         ordered = h.index_select(0, self.order).index_select(1, self.order)
-        self.r, self.damp_percent = _factor(ordered, damp_percent)
+        self.r, self.damp_percent = factor(ordered, damp_percent)
         self.feedback = (self.r / self.r.diagonal()).T.contiguous()
         self.fitted_before = static_groups or group_size == -1
         self.groups = (self.order if self.fitted_before else position) // self.length
@@ -202,7 +202,7 @@ class _Solver:
         if not begins:
             return
         reach = min(begins[-1] + self.length, len(w))
-        u = _inverse(self.r[start:reach, start:reach])
+        u = inverse(self.r[start:reach, start:reach])
         seen = w[start:reach] + u.T @ (self.r[:start, start:reach].T @ delta[:start])
         for j in begins:
             group = j // self.length
@@ -254,14 +254,22 @@ class _Solver:
         return steps
 
 
-def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
+def factor(h: Tensor, damp_percent: float, mean: Tensor | None = None) -> tuple[Tensor, float]:
     """Upper triangular R with R R^T = H + damping, and the damping it took.
 
     The retry is that of ModelCloud/GPTQModel: more damping, a step at a time, while it is below 1.
+
+    Args:
+        h: (n, n), symmetric.
+        damp_percent: the first share of `mean` that is added to the diagonal.
+        mean: what damping is a share of; that of the diagonal if None.
+
+    Raises:
+        NotPositiveDefiniteError: H cannot be factored however it is damped.
     """
-    mean = h.diagonal().mean()
+    mean = h.diagonal().mean() if mean is None else mean
     step = max(damp_percent, SMALLEST_DAMP_STEP)
-    while damp_percent < 1:
+    while True:
         damped = h.clone()
         damped.diagonal().add_(damp_percent * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
@@ -270,10 +278,12 @@ def _factor(h: Tensor, damp_percent: float) -> tuple[Tensor, float]:
         if not failed and bool(lower.diagonal().isfinite().all()):
             return lower.flip(0, 1), damp_percent
         damp_percent += step
-    raise NotPositiveDefiniteError("the Gram matrix is not positive definite")
+        if damp_percent >= 1:
+            raise NotPositiveDefiniteError("the Gram matrix is not positive definite")
 
 
-def _inverse(upper: Tensor) -> Tensor:
+def inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix."""
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
+    result: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return result

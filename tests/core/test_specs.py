@@ -57,7 +57,7 @@ def test_named_configurations() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gqtp", "Did you mean 'gptq'"),
+        ("gqtp", "Did you mean .*'gptq'"),
         ("gptq:bit=3", "Did you mean 'bits'"),
         ("gptq:bits=5", "2, 3, 4 or 8"),
         ("gptq:bits=four", "given 'four'"),
