@@ -33,3 +33,27 @@ class TestGgml(MethodConformance):
 
 class TestIdentity(MethodConformance):
     specs: ClassVar = ("none",)
+
+
+class TestHqq(MethodConformance):
+    specs: ClassVar = ("hqq", "hqq:bits=2:group_size=32", "hqq:bits=3:group_size=-1")
+
+
+class TestFixedTables(MethodConformance):
+    specs: ClassVar = ("nf4", "nf4:double_quant", "fp4:block_size=128")
+
+
+class TestMicroscaling(MethodConformance):
+    specs: ClassVar = ("mxfp4", "mxfp4:scale=ceil", "nvfp4", "nvfp4:four_over_six")
+
+
+class TestSqueezeLlm(MethodConformance):
+    specs: ClassVar = ("squeezellm", "squeezellm:bits=3:dense_and_sparse", "squeezellm:bits=2")
+
+
+class TestQuip(MethodConformance):
+    specs: ClassVar = ("quip", "quip:transform=hadamard:bits=3", "quip:bits=2:greedy_passes=2")
+
+
+class TestSpqr(MethodConformance):
+    specs: ClassVar = ("spqr", "spqr:bits=2", "spqr:bits=4:desc_act=false:leave_one_out=false")
