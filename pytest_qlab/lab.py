@@ -339,8 +339,9 @@ class Lab:
 
         def build(directory: Path) -> None:
             statistics = None
-            if method.stream == "original":
-                statistics = self.statistics(gram="gram" in method.wanted_statistics)
+            wanted = method.original_statistics
+            if wanted:
+                statistics = self.statistics(gram="gram" in wanted)
             if lazy is not None:
                 sequences = () if method.stream == "none" else self.calibration.sequences
                 build_streamed(

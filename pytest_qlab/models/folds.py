@@ -79,6 +79,22 @@ class Fold:
             else:
                 _divide_norm(self._previous, scale, self._convention)
 
+    @property
+    def norm(self) -> nn.Module:
+        """The norm before; only of the kind `norm`."""
+        assert isinstance(self._previous, nn.Module)
+        return self._previous
+
+    def norm_factor(self) -> Tensor:
+        """What the norm multiplies its channels by; float64 [n]."""
+        weight = self.norm.get_parameter("weight").detach().double()
+        return weight if self._convention == "plain" else 1 + weight
+
+    def neutralize(self) -> None:
+        """Let the norm multiply its channels by 1; the layers do not follow."""
+        with torch.no_grad():
+            self.norm.get_parameter("weight").fill_(1 if self._convention == "plain" else 0)
+
     def parameters(self) -> list[Tensor]:
         """All parameters that `apply` writes to."""
         touched = [site.stored for site in self.sites]
