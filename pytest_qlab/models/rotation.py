@@ -45,22 +45,22 @@ class Rotation:
         """x (..., k n) times Q for each of k pieces; half types are rotated in float32."""
         pieces, like = self._pieces(x), x
         if not self.hadamard:
-            rotated = pieces @ _matrix(self.width, self.seed).to(pieces)
+            rotated = pieces @ _matrix(self.width, self.seed, pieces.dtype, pieces.device)
         elif self.seed is None:
             rotated = rotate(pieces)
         else:
-            rotated = rotate(pieces * _signs(self.width, self.seed).to(pieces))
+            rotated = rotate(pieces * _signs(self.width, self.seed, pieces.dtype, pieces.device))
         return rotated.reshape(like.shape).to(like.dtype)
 
     def backward(self, x: Tensor) -> Tensor:
         """x (..., k n) times Q^T for each of k pieces: the inverse of `forward`."""
         pieces, like = self._pieces(x), x
         if not self.hadamard:
-            rotated = pieces @ _matrix(self.width, self.seed).to(pieces).T
+            rotated = pieces @ _matrix(self.width, self.seed, pieces.dtype, pieces.device).T
         elif self.seed is None:
             rotated = rotate_back(pieces)
         else:
-            rotated = rotate_back(pieces) * _signs(self.width, self.seed).to(pieces)
+            rotated = rotate_back(pieces) * _signs(self.width, self.seed, pieces.dtype, pieces.device)
         return rotated.reshape(like.shape).to(like.dtype)
 
     def _pieces(self, x: Tensor) -> Tensor:
@@ -77,19 +77,20 @@ class Rotation:
         return cls(**stored)
 
 
-# Made outside of inference mode, in which they could not take part in training later.
+# Kept where they are used; made outside of inference mode, because what is made in it cannot take
+# part in training later.
 
 
 @lru_cache(maxsize=16)
-def _signs(width: int, seed: int) -> Tensor:
+def _signs(width: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return random_signs(width, seed)
+        return random_signs(width, seed).to(device, dtype)
 
 
 @lru_cache(maxsize=4)
-def _matrix(width: int, seed: int | None) -> Tensor:
+def _matrix(width: int, seed: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return random_orthogonal(width, seed or 0)
+        return random_orthogonal(width, seed or 0).to(device, dtype)
 
 
 @dataclass(frozen=True)
