@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from pytest_qlab.models.structure import LinearSite
 
 _ADVICE = "Take a method without quarot for this architecture."
-# By dtype: the share of what a block adds that may be lost in a rotation, and rounding noise.
-_LEFT = {torch.float64: 1e-9, torch.float32: 1e-3}
-_NOISE = {torch.float64: 1e-13, torch.float32: 1e-5}
-_HALF_LEFT, _HALF_NOISE = 0.2, 2e-2
+# The share of what a block adds that may be lost in a rotation, and rounding noise; the second of
+# both for types of 16 bits. Norms compute in float32 whatever the type.
+_LEFT, _NOISE = (1e-3, 0.2), (1e-5, 2e-2)
 # Rotated routers may choose other experts for a token whose scores are almost equal.
 _ROUTED = 0.9
 
@@ -228,4 +227,5 @@ def _verify(block: BlockContext, rotation: Rotation, before: Tensor, found: Tens
 
 
 def _tolerances(dtype: torch.dtype) -> tuple[float, float]:
-    return _LEFT.get(dtype, _HALF_LEFT), _NOISE.get(dtype, _HALF_NOISE)
+    half = dtype.itemsize < torch.float32.itemsize
+    return _LEFT[half], _NOISE[half]

@@ -60,7 +60,9 @@ class Rotation:
         elif self.seed is None:
             rotated = rotate_back(pieces)
         else:
-            rotated = rotate_back(pieces) * _signs(self.width, self.seed, pieces.dtype, pieces.device)
+            rotated = rotate_back(pieces) * _signs(
+                self.width, self.seed, pieces.dtype, pieces.device
+            )
         return rotated.reshape(like.shape).to(like.dtype)
 
     def _pieces(self, x: Tensor) -> Tensor:
