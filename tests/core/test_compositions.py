@@ -174,7 +174,7 @@ def test_errors_say_what_is_allowed(text: str, message: str) -> None:
 def test_a_plus_in_a_value_is_no_composition() -> None:
     (spec,) = parse_specs(["gguf_file:path=/models/a+b.gguf"])
     assert spec.method.model_dump() == {"path": "/models/a+b.gguf"}
-    with pytest.raises(SpecError, match="given 1000.0"):
+    with pytest.raises(SpecError, match=r"given 1000\.0"):
         parse_specs(["gptq:damp_percent=1e+3"])
 
 
@@ -242,7 +242,7 @@ def test_one_that_cannot_be_imported_is_said_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(registry._PREPROCESSINGS, "odd", "pytest_qlab.methods.rtn:Rtn")
     with pytest.raises(SpecError, match="'gone' cannot be imported"):
         parse_specs(["gone+rtn"])
-    with pytest.raises(SpecError, match="expected a subclass of pytest_qlab.Preprocessing"):
+    with pytest.raises(SpecError, match=r"expected a subclass of pytest_qlab\.Preprocessing"):
         parse_specs(["odd+rtn"])
     assert "gone not available" in " ".join(describe_methods().split())
 

@@ -19,7 +19,6 @@ from pytest_qlab.methods.pipeline import Pass, quantize_model
 from pytest_qlab.methods.preprocessing import Preprocessing
 from pytest_qlab.methods.quarot import QuaRot
 from pytest_qlab.methods.rtn import Rtn
-from pytest_qlab.methods.smoothquant import Smooth
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.rotation import attach
 from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
@@ -263,7 +262,7 @@ class Clipped(nn.Module):
 def test_a_block_that_does_something_else_to_its_states_is_refused() -> None:
     model = built("llama")
     model.model.layers[1] = Clipped(model.model.layers[1])
-    with pytest.raises(MethodError, match="block 1: on rotated hidden states.*off by"):
+    with pytest.raises(MethodError, match=r"block 1: on rotated hidden states.*off by"):
         rotated(model)
 
 
@@ -376,7 +375,7 @@ def test_smoothing_first_is_taken_up_by_the_rotation() -> None:
     method = Composed(preprocessings=(Twos(), QuaRot()), method=Identity())
     found = quantize_model(model, method, (), None)
     alone = quantize_model(model, Composed(preprocessings=(QuaRot(),), method=Identity()), (), None)
-    for index, (name, block) in enumerate(decoder_blocks(model)):
+    for name, block in decoder_blocks(model):
         for site in quantizable_linears(block, name):
             ours, theirs = found.layers[site.name].weight, alone.layers[site.name].weight
             torch.testing.assert_close(ours.dequantize(), theirs.dequantize(), atol=1e-6, rtol=0)
@@ -384,8 +383,6 @@ def test_smoothing_first_is_taken_up_by_the_rotation() -> None:
             assert set(scales) == set(alone.scales.get(site.name, {}))
             if scales:
                 torch.testing.assert_close(scales["column"], alone.scales[site.name]["column"])
-        assert index < 2
-    assert Smooth().needs
 
 
 def test_a_channel_that_a_norm_mutes_stays_muted() -> None:
