@@ -64,7 +64,7 @@ class FoldContext:
             if layer.rotation is not None:
                 raise MethodError(
                     f"{layer.name} is rotated already, and its channels cannot be scaled any more. "
-                    "Put what scales channels in front of the rotation: smooth+quarot+gptq."
+                    "Put what scales channels in front of the rotation."
                 )
         self.fold.apply(scale)
         for layer in self.layers:

@@ -148,6 +148,12 @@ def _check(preprocessings: tuple[Preprocessing, ...], method: Method) -> None:
         )
     for place, each in enumerate(preprocessings):
         if each.changes_basis:
+            undone = next((p.name for p in preprocessings[:place] if p.scales_norms), None)
+            if undone is not None:
+                raise SpecError(
+                    f"{whole!r}: {each.name!r} fuses the norms' weights into the layers behind "
+                    f"them, which undoes what {undone!r} did there. Take one of the two."
+                )
             _check_followers(whole, each.name, preprocessings[place + 1 :], method)
 
 
@@ -157,9 +163,10 @@ def _check_followers(
     """Nothing that calibrates on the original model can follow a change of basis."""
     for each in later:
         if each.needs:
+            advice = "Take one of the two." if each.scales_norms else f"Put {each.name!r} first."
             raise SpecError(
                 f"{whole!r}: {each.name!r} calibrates on the original model's inputs, which "
-                f"{name!r} changes. Put it first: {each.name}+{name}+{method.name}."
+                f"{name!r} changes. {advice}"
             )
     if method.original_statistics:
         raise SpecError(

@@ -19,10 +19,13 @@ class Preprocessing(Configured):
         needs: calibration statistics of the original model.
         changes_basis: whether the inputs of layers are others afterwards, such as rotated ones, so
             that the original model's statistics no longer describe them.
+        scales_norms: whether all it does is to move scales between norms and the layers that read
+            them, which is undone where a later change of basis fuses norms into these layers.
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     changes_basis: ClassVar[bool] = False
+    scales_norms: ClassVar[bool] = False
 
     def transform_block(self, block: BlockContext) -> None:
         """Change a block before its layers are quantized.

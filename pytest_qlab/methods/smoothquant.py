@@ -36,6 +36,7 @@ class Smooth(Preprocessing):
     summary: ClassVar[str] = "moves the range of inputs behind norms into the weights"
     reference: ClassVar[str] = _REFERENCE
     needs: ClassVar[frozenset[Statistic]] = frozenset({"channels"})
+    scales_norms: ClassVar[bool] = True
 
     alpha: float = Field(default=0.5, ge=0, le=1)
 

@@ -14,6 +14,7 @@ from pytest_qlab.methods import registry
 from pytest_qlab.methods.awq import Awq
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.composed import Composed
+from pytest_qlab.methods.configured import Statistic
 from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.methods.preprocessing import Preprocessing
 from pytest_qlab.methods.quarot import QuaRot
@@ -43,20 +44,18 @@ def one(text: str, **configurations: dict[str, object]) -> Method:
 def test_ids_say_what_is_composed_and_differs() -> None:
     assert ids("quarot+gptq:bits=3", "smooth+rtn") == ["quarot+gptq-w3g128", "smooth+rtn-w4g128"]
     assert ids("quarot:seed=1:heads=no+rtn") == ["quarot-no_heads-seed=1+rtn-w4g128"]
-    assert ids("smooth:alpha=0.8+quarot+gptq") == ["smooth-alpha=0.8+quarot+gptq-w4g128"]
+    assert ids("smooth:alpha=0.8+gptq") == ["smooth-alpha=0.8+gptq-w4g128"]
     assert ids("quarot+gguf:Q3_K_S") == ["quarot+gguf-Q3_K_S"]
     assert ids("quarot:seed=0+rtn,quarot+rtn:bits=4") == ["quarot+rtn-w4g128"]
 
 
 def test_is_what_its_parts_are() -> None:
-    found = one("smooth:alpha=0.25+quarot:seed=7+gptq:bits=3:group_size=64")
-    expected = Composed(
-        preprocessings=(Smooth(alpha=0.25), QuaRot(seed=7)), method=Gptq(bits=3, group_size=64)
-    )
+    found = one("quarot:seed=7+gptq:bits=3:group_size=64")
+    expected = Composed(preprocessings=(QuaRot(seed=7),), method=Gptq(bits=3, group_size=64))
     assert found == expected
     assert hash(found) == hash(expected)
-    assert found.name == "smooth+quarot+gptq"
-    others = ["smooth:alpha=0.25+gptq:bits=3:group_size=64", "smooth+quarot+gptq", "gptq"]
+    assert found.name == "quarot+gptq"
+    others = ["quarot+gptq:bits=3:group_size=64", "smooth+gptq", "gptq"]
     assert all(one(other) != found for other in others)
     everything = [found, *map(one, others)]
     assert len({json.dumps(each.identity(), sort_keys=True) for each in everything}) == 4
@@ -72,6 +71,19 @@ def test_order_is_part_of_the_identity() -> None:
     assert first.identity() != second.identity()
     assert first != second
     assert first.id != second.id
+
+
+def test_what_calibrates_goes_in_front_of_a_change_of_basis() -> None:
+    class Shifted(Preprocessing):
+        name: ClassVar[str] = "shifted"
+        summary: ClassVar[str] = ""
+        needs: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
+
+    found = Composed(preprocessings=(Shifted(), QuaRot()), method=Rtn())
+    assert found.stream == "original"
+    assert found.original_statistics == {"gram"}
+    with pytest.raises(SpecError, match="Put 'shifted' first"):
+        Composed(preprocessings=(QuaRot(), Shifted()), method=Rtn())
 
 
 def test_versions_of_all_parts_are_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +128,13 @@ def test_configurations_compose() -> None:
     assert ids("release:group_size=64", release=release) == ["quarot-seed=2+gptq-w3g64"]
     plain: dict[str, Any] = {"method": "gptq", "bits": 3}
     assert ids("quarot+release", release=plain) == ["quarot+gptq-w3g128"]
-    assert one("smooth+release", release=release) == one("smooth+quarot:seed=2+gptq:bits=3")
+    with pytest.raises(SpecError, match=r"'smooth\+quarot\+gptq': 'quarot' fuses the norms"):
+        ids("smooth+release", release=release)
     named = {"my-release": plain}
     (spec,) = parse_specs(["quarot+my-release"], named)
     assert spec.id == "quarot+gptq-w3g128"
-    for wrong in ({"method": "quarot"}, {"method": "quarot+gptq", "bitz": 3}):
+    bad: list[dict[str, object]] = [{"method": "quarot"}, {"method": "quarot+gptq", "bitz": 3}]
+    for wrong in bad:
         with pytest.raises(SpecError, match=r"\[tool.qlab.methods.wrong\]"):
             ids("wrong", wrong=wrong)
 
@@ -163,7 +177,8 @@ def test_patterns_choose_compositions() -> None:
         ("quarot+ggml:Q4_0:imatrix", "'ggml' calibrates on the original"),
         ("quarot+gguf:imatrix", "'gguf' calibrates on the original"),
         ("quarot+smoothquant", "'smoothquant' calibrates on the original"),
-        ("quarot+smooth+gptq", "Put it first: smooth\\+quarot\\+gptq"),
+        ("quarot+smooth+gptq", "'smooth' calibrates on the original.*one of the two"),
+        ("smooth+quarot+gptq", "undoes what 'smooth' did there. Take one of the two"),
     ],
 )
 def test_errors_say_what_is_allowed(text: str, message: str) -> None:
@@ -250,7 +265,7 @@ def test_one_that_cannot_be_imported_is_said_so(monkeypatch: pytest.MonkeyPatch)
 def test_reading_compositions_imports_no_torch() -> None:
     code = (
         "import sys; from pytest_qlab.specs import parse_specs; "
-        "parse_specs(['smooth+quarot+gptq', 'smoothquant']); sys.exit('torch' in sys.modules)"
+        "parse_specs(['smooth+gptq', 'quarot+rtn']); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert find_method("smoothquant").name == "smoothquant"

@@ -23,7 +23,7 @@ from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.rotation import attach
 from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
 from pytest_qlab.solvers.grid import GridRule, fake_quantize
-from tests.architectures import ARCHITECTURES, token_ids
+from tests.architectures import ARCHITECTURES, llama, token_ids
 
 # Every block of them can be rotated.
 ROTATABLE = ["llama", "llama-tied", "qwen2", "qwen3", "gemma", "mixtral"]
@@ -40,7 +40,8 @@ class ExactNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = 1 + self.weight if self.one_plus else self.weight
-        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
+        scaled: Tensor = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
+        return scaled
 
 
 def built(architecture: str) -> Any:
@@ -136,15 +137,17 @@ def test_values_are_rotated_head_by_head_with_shared_heads() -> None:
     work, contexts = rotated(model, seed=3)
     hadamard = hadamard_matrix(8)
     assert hadamard is not None
-    head, signs = hadamard.T / 8**0.5, random_signs(32, 3)
+    head, signs = (hadamard.T / 8**0.5).contiguous(), random_signs(32, 3)
     stream = hadamard_matrix(32)
     assert stream is not None
     q = torch.diag(signs) @ stream.T / 32**0.5
     for before, after in zip(model.model.layers, work.model.layers, strict=True):
         norm = torch.diag(before.input_layernorm.weight)
-        values = torch.block_diag(head, head).T @ before.self_attn.v_proj.weight @ norm @ q
+        values = (
+            torch.kron(torch.eye(2).double(), head).T @ before.self_attn.v_proj.weight @ norm @ q
+        )
         torch.testing.assert_close(after.self_attn.v_proj.weight, values, atol=1e-12, rtol=0)
-        output = q.T @ before.self_attn.o_proj.weight @ torch.block_diag(*[head] * 4)
+        output = q.T @ before.self_attn.o_proj.weight @ torch.kron(torch.eye(4).double(), head)
         torch.testing.assert_close(after.self_attn.o_proj.weight, output, atol=1e-12, rtol=0)
         down = q.T @ before.mlp.down_proj.weight
         torch.testing.assert_close(after.mlp.down_proj.weight, down, atol=1e-12, rtol=0)
@@ -188,7 +191,7 @@ def test_widths_without_a_hadamard_matrix_are_rotated_too() -> None:
         num_key_value_heads=1,
         head_dim=6,
     )
-    model = exact(LlamaForCausalLM(config).eval())
+    model = exact(LlamaForCausalLM(config).train(False))
     work, contexts = rotated(model)
     assert contexts[0].rotation is not None
     assert not contexts[0].rotation.hadamard
@@ -293,7 +296,7 @@ def test_channels_of_a_rotated_layer_are_not_scaled() -> None:
 
 def spiky(seed: int = 0) -> Any:
     """A Llama some of whose residual channels are read and written by far larger weights."""
-    model = ARCHITECTURES["llama"](seed)
+    model = llama(seed)
     with torch.no_grad():
         for layer in model.model.layers:
             for name in ("q_proj", "k_proj", "v_proj"):
@@ -359,8 +362,8 @@ def test_what_is_recorded_and_changed() -> None:
         assert torch.equal(value, work.get_parameter(name)), name
 
 
-def test_smoothing_first_is_taken_up_by_the_rotation() -> None:
-    """The scale of a column is what it was multiplied by in all: the norm's weight."""
+def test_scales_behind_norms_are_undone() -> None:
+    """What a column was multiplied by in all is the norm's weight, so nothing is left of them."""
     model = built("llama")
 
     class Twos(Preprocessing):
