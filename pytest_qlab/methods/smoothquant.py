@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Bits, Method, QuantizedLayer
 from pytest_qlab.methods.configured import Statistic
 from pytest_qlab.methods.dynamic import Dynamic
@@ -41,8 +42,18 @@ class Smooth(Preprocessing):
     alpha: float = Field(default=0.5, ge=0, le=1)
 
     def transform_block(self, block: BlockContext) -> None:
-        """Find the scales of all norms on the unchanged block, then apply them."""
+        """Find the scales of all norms on the unchanged block, then apply them.
+
+        Raises:
+            MethodError: no norm of the block can take up a scale.
+        """
         norms = [fold for fold in block.folds if fold.fold.kind == "norm"]
+        if not norms:
+            raise MethodError(
+                f"smooth finds no norm in block {block.index} whose output is read by linear "
+                "layers alone, so there is nothing to smooth. Take a method without it, such as "
+                "dynamic, for this architecture."
+            )
         found = [(fold, self._scale(fold)) for fold in norms]
         for fold, scale in found:
             if scale is not None:

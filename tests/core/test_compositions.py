@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
 from pytest_qlab.errors import SpecError
+from pytest_qlab.gate.budgets import check_patterns
 from pytest_qlab.methods import registry
 from pytest_qlab.methods.awq import Awq
 from pytest_qlab.methods.base import Method
@@ -29,6 +31,7 @@ from pytest_qlab.methods.registry import (
 from pytest_qlab.methods.rtn import Rtn
 from pytest_qlab.methods.smoothquant import Smooth
 from pytest_qlab.report.methods import describe_methods
+from pytest_qlab.running.parametrize import _restricted
 from pytest_qlab.specs import known_name, parse_specs
 
 
@@ -208,6 +211,24 @@ def test_names_of_ids_and_patterns_are_known() -> None:
     assert known_name("gptq-w4", known)
     assert not known_name("quarot+gtpq-w3", known)
     assert not known_name("quaro+gptq", known)
+
+
+def test_budgets_and_markers_know_them() -> None:
+    """One for a composition that is not in this run is no slip of the pen; a misspelt one is."""
+    specs = parse_specs(["quarot+rtn", "gptq"])
+    run: Any = SimpleNamespace(specs=specs, settings=SimpleNamespace(configurations={}))
+    chosen = [spec.id for spec in _restricted(run, ["quarot+rtn", "quarot+gptq-w3g128"])]
+    assert chosen == ["quarot+rtn-w4g128"]
+    assert [spec.id for spec in _restricted(run, ["*rtn*"])] == ["quarot+rtn-w4g128"]
+    with pytest.raises(SpecError, match="qaurot"):
+        _restricted(run, ["qaurot+gptq-w3g128"])
+    for pattern in ("quarot+rtn", "quarot*", "quarot+awq-w4g128", "smooth+gptq"):
+        budget: Any = SimpleNamespace(pattern=pattern)
+        check_patterns([budget], specs, narrowed=True, known=method_names())
+    for pattern in ("quarot+gtpq", "qaurot+gptq"):
+        budget = SimpleNamespace(pattern=pattern)
+        with pytest.raises(SpecError, match="matches no method of this run"):
+            check_patterns([budget], specs, narrowed=True, known=method_names())
 
 
 def test_preprocessings_are_described() -> None:

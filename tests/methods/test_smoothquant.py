@@ -78,16 +78,27 @@ def test_norms_are_smoothed_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(20, 16, generator=generator)
     weights = [torch.randn(4, 16, generator=generator) for _ in range(3)]
-    pair = [context(f"w{n}", weight, statistics_of(inputs)) for n, weight in enumerate(weights)]
-    assert smoothed(*pair, kind="linear") == []
-    (found,) = smoothed(*pair, alpha=0.25)
-    torch.testing.assert_close(
-        found, torch.tensor(by_formula(weights, inputs, 0.25)), rtol=1e-5, atol=0
-    )
-    for each, weight in zip(pair, weights, strict=True):
+    known = statistics_of(inputs)
+    pair = [context(f"w{n}", weight, known) for n, weight in enumerate(weights[:2])]
+    other = context("w2", weights[2], known)
+    (norm, fake), (linear, left_alone) = fold_of(pair), fold_of([other])
+    fake.kind, left_alone.kind = "norm", "linear"  # type: ignore[attr-defined]
+    Smooth(alpha=0.25).transform_block(BlockContext(0, [*pair, other], [linear, norm]))
+    assert left_alone.applied == []
+    assert torch.equal(other.site.weight(), weights[2])
+    (found,) = fake.applied
+    expected = torch.tensor(by_formula(weights[:2], inputs, 0.25))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for each, weight in zip(pair, weights, strict=False):
         assert torch.equal(each.site.weight(), weight * found)
         assert each.statistics is not None
         torch.testing.assert_close(each.statistics.maximum, inputs.amax(0) / found)
+
+
+def test_a_block_without_such_norms_is_refused() -> None:
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(MethodError, match="smooth finds no norm in block 0.*such as dynamic"):
+        smoothed(context("w", weight, statistics_of(weight.clone())), kind="linear")
 
 
 def test_experts_count_by_the_most_that_any_of_them_sees() -> None:
