@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class QuaRot(Preprocessing):
-    """QuaRot's rotations that weights alone can take up; steps 1a to 1c of its section 4.
+    """QuaRot's rotations that weights alone can take up: of section 4, stage 1a and part of 1c.
 
     Hidden states between the first block's entry and the last block's exit are rotated; layers that
     read or write them are rotated to match, with the norms' weights fused into the readers. What is

@@ -97,7 +97,7 @@ def test_norms_are_smoothed_and_nothing_else() -> None:
 
 def test_a_block_without_such_norms_is_refused() -> None:
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(MethodError, match="smooth finds no norm in block 0.*such as dynamic"):
+    with pytest.raises(MethodError, match=r"smooth finds no norm in block 0.*such as dynamic"):
         smoothed(context("w", weight, statistics_of(weight.clone())), kind="linear")
 
 
