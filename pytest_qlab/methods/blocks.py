@@ -85,6 +85,7 @@ class BlockContext:
         index: of the block in the model.
         routers: layers that take part in folds and are not quantized.
         module: the block itself.
+        name: its dotted name in the model.
         last: whether it is the model's last one.
         run: gives the block's output for hidden states of `hidden`'s shape.
         hidden: the block's input for a few tokens in the model as it was, (1, tokens, width).
@@ -96,6 +97,7 @@ class BlockContext:
     folds: list[FoldContext] = field(default_factory=list)
     routers: list[LayerContext] = field(default_factory=list)
     module: nn.Module | None = None
+    name: str = ""
     last: bool = False
     run: Callable[[Tensor], Tensor] | None = None
     hidden: Tensor | None = None

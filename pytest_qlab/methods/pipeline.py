@@ -213,7 +213,8 @@ class Pass:
             context.routers = [layer(site, False) for site in gates]
             everything = {each.name: each for each in (*context.layers, *context.routers)}
             trace = self.traces[index]
-            context.module, context.last = block, index + 1 == len(self.blocks)
+            context.module, context.name = block, name
+            context.last = index + 1 == len(self.blocks)
             context.hidden, context.run = trace.hidden, lambda hidden: trace(block, hidden)
             found = discover_folds(block, lambda: trace(block, trace.hidden), sites, name)
             context.folds = [

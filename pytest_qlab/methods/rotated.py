@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_qlab.errors import MethodError
-from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
+from pytest_qlab.methods.blocks import BlockContext, LayerContext
 from pytest_qlab.models.experts import every_expert_reached
+from pytest_qlab.models.folds import norm_readers
 from pytest_qlab.models.rotation import LayerRotation, Rotation
 from pytest_qlab.models.structure import is_linear
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from pytest_qlab.models.folds import Fold
     from pytest_qlab.models.structure import LinearSite
 
 _ADVICE = "Take a method without quarot for this architecture."
 # The share of what a block adds that may be lost in a rotation, and rounding noise; the second of
 # both for types of 16 bits. Norms compute in float32 whatever the type.
 _LEFT, _NOISE = (1e-3, 0.2), (1e-5, 2e-2)
+# Of a layer's output, the least change by half of a rotation of heads that shows something.
+_VISIBLE = 0.02
 # Rotated routers may choose other experts for a token whose scores are almost equal.
 _ROUTED = 0.9
 
@@ -40,21 +44,24 @@ def rotate_block(block: BlockContext, *, seed: int, heads: bool) -> None:
     Raises:
         MethodError: the block does not compute the same afterwards, or cannot for a known reason.
     """
-    assert block.module is not None
-    assert block.hidden is not None
-    assert block.run is not None
-    width = block.hidden.shape[-1]
+    module, run, hidden = block.module, block.run, block.hidden
+    assert module is not None
+    assert run is not None
+    assert hidden is not None
+    width = hidden.shape[-1]
     rotation = Rotation.of(width, seed)
-    norms = [f for f in block.folds if f.fold.kind == "norm" and f.fold.channels == width]
+    sites = [layer.site for layer in block.layers]
+    found = norm_readers(module, lambda: run(hidden), sites, block.name)
+    norms = [norm for norm in found if norm.channels == width]
     _check_norms(block, norms, width)
-    readers = {layer.name: fold for fold in norms for layer in fold.layers}
+    readers = {name: norm for norm in norms for name in norm.layers}
     writers = [
         layer
         for layer in block.layers
         if layer.name not in readers and layer.site.out_features == width
     ]
     with torch.no_grad(), every_expert_reached():
-        before = block.run(block.hidden)
+        before = run(hidden)
         inside = _rotatable_heads(block, list(readers), writers, seed) if heads else {}
         for layer in (*block.layers, *block.routers):
             mine = inside.get(layer.name)
@@ -63,18 +70,18 @@ def rotate_block(block: BlockContext, *, seed: int, heads: bool) -> None:
             outputs = rotation if writes else mine
             if inputs is not None or outputs is not None:
                 _rotate_layer(layer, readers.get(layer.name), LayerRotation(inputs, outputs))
-        for fold in norms:
-            fold.fold.neutralize()
-            _check_commutes(block, fold, rotation)
-        found = block.run(rotation.forward(block.hidden))
-    _verify(block, rotation, before, found)
+        for norm in norms:
+            norm.neutralize()
+            _check_commutes(block, norm, rotation)
+        after = run(rotation.forward(hidden))
+    _verify(block, rotation, before, after)
     block.rotation = rotation
 
 
-def _rotate_layer(layer: LayerContext, fold: FoldContext | None, rotation: LayerRotation) -> None:
+def _rotate_layer(layer: LayerContext, norm: Fold | None, rotation: LayerRotation) -> None:
     weight = _exact(layer.site)
-    if fold is not None:
-        factor = fold.fold.norm_factor().to(weight.device)
+    if norm is not None:
+        factor = norm.norm_factor().to(weight.device)
         weight = weight * factor
         known = layer.column_scale
         layer.column_scale = factor.float() if known is None else known * factor.float()
@@ -89,7 +96,7 @@ def _rotatable_heads(
     """The rotation of the values' rows and of the output projection's columns, by layer name.
 
     Which layer makes the values is found by trying: rotating its rows and the columns must leave
-    the block's output as it is, and rotating the rows alone must not.
+    the projection's output as it is, and rotating the rows alone must not.
     """
     found: dict[str, Rotation] = {}
     for writer in writers:
@@ -100,31 +107,41 @@ def _rotatable_heads(
         rotation = Rotation.of(size, seed, signs=False)
         for layer in reversed(block.layers):
             beside = layer.name in readers and layer.site.parent is site.parent
-            if (
-                beside
-                and not layer.site.out_features % size
-                and _trial(block, layer, writer, rotation)
-            ):
+            fits = beside and layer.site.out_features % size == 0
+            if fits and _trial(block, layer.site, site, rotation):
                 found[layer.name] = found[writer.name] = rotation
                 break
     return found
 
 
-def _trial(block: BlockContext, value: LayerContext, output: LayerContext, each: Rotation) -> bool:
+def _trial(block: BlockContext, values: LinearSite, output: LinearSite, each: Rotation) -> bool:
     """Whether rotating the rows of one layer is made good by the columns of another."""
+    before = _output_of(block, output)
+    with _restored(values, output):
+        _write(values, _exact(values), LayerRotation(outputs=each))
+        half = _output_of(block, output)
+        _write(output, _exact(output), LayerRotation(inputs=each))
+        whole = _output_of(block, output)
+    change, size = float((half - before).norm()), float(before.norm())
+    left, noise = _tolerances(values.stored.dtype)
+    if not change > _VISIBLE * size:  # Nothing would show whether it is right.
+        return False
+    return float((whole - before).norm()) <= left * change + noise * size
+
+
+def _output_of(block: BlockContext, site: LinearSite) -> Tensor:
+    """What a layer of the block puts out, float64 (tokens, m), without what it is added to."""
     assert block.run is not None
     assert block.hidden is not None
-    before = block.run(block.hidden)
-    with _restored(value.site, output.site):
-        _write(value.site, _exact(value.site), LayerRotation(outputs=each))
-        half = block.run(block.hidden)
-        _write(output.site, _exact(output.site), LayerRotation(inputs=each))
-        whole = block.run(block.hidden)
-    change = float((half - before).double().norm())
-    size = float(before.double().norm())
-    left, noise = _tolerances(before.dtype)
-    visible = change > 10 * noise * size
-    return visible and float((whole - before).double().norm()) <= left * change + noise * size
+    seen: list[Tensor] = []
+    handle = site.module.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.detach().double())
+    )
+    try:
+        block.run(block.hidden)
+    finally:
+        handle.remove()
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in seen])
 
 
 def _exact(site: LinearSite) -> Tensor:
@@ -151,7 +168,7 @@ def _restored(*sites: LinearSite) -> Iterator[None]:
             tensor.data.copy_(value)
 
 
-def _check_norms(block: BlockContext, norms: Sequence[FoldContext], width: int) -> None:
+def _check_norms(block: BlockContext, norms: Sequence[Fold], width: int) -> None:
     """Every norm of the residual stream must be read by linear layers alone.
 
     Raises:
@@ -163,7 +180,7 @@ def _check_norms(block: BlockContext, norms: Sequence[FoldContext], width: int) 
             f"quarot cannot rotate block {block.index}: no norm in it is read by linear layers "
             f"alone, so there is nowhere to put a rotation. {_ADVICE}"
         )
-    folded = {id(fold.fold.norm) for fold in norms}
+    folded = {id(norm.norm) for norm in norms}
     for name, module in block.module.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or tuple(weight.shape) != (width,) or is_linear(module):
@@ -182,13 +199,13 @@ def _check_norms(block: BlockContext, norms: Sequence[FoldContext], width: int) 
             )
 
 
-def _check_commutes(block: BlockContext, fold: FoldContext, rotation: Rotation) -> None:
+def _check_commutes(block: BlockContext, fold: Fold, rotation: Rotation) -> None:
     """A norm without weights must give the rotated output for rotated inputs, whatever their mean.
 
     Raises:
         MethodError: it does not.
     """
-    norm: nn.Module = fold.fold.norm
+    norm = fold.norm
     like = norm.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
     probe = 1 + torch.randn(8, rotation.width, generator=generator, dtype=torch.float64)
@@ -197,7 +214,7 @@ def _check_commutes(block: BlockContext, fold: FoldContext, rotation: Rotation) 
     left, noise = _tolerances(like.dtype)
     if not (norm(rotation.forward(probe)) - expected).norm() <= (left + noise) * expected.norm():
         raise MethodError(
-            f"quarot cannot rotate block {block.index}: its norm {fold.fold.previous} does not "
+            f"quarot cannot rotate block {block.index}: its norm {fold.previous} does not "
             "commute with rotations. LayerNorm, which subtracts the mean, does not; RMSNorm does. "
             f"{_ADVICE}"
         )

@@ -215,6 +215,30 @@ def test_other_types_compute_the_same_but_for_rounding(
         assert found < 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [30.0, 1e4])
+@pytest.mark.parametrize("architecture", ROTATABLE)
+def test_outliers_of_the_stream_hide_nothing(
+    architecture: str, factor: float, dtype: torch.dtype
+) -> None:
+    """What a block adds may be little beside what is in the stream already."""
+    model = built(architecture)
+    model.model.embed_tokens.weight[:, 7] *= factor
+    work, contexts = rotated(model.to(dtype))
+    for context in contexts:
+        names = [each.name for each in context.layers if each.rotation is None]
+        assert names == []
+        heads = [
+            each.name.rpartition(".")[2]
+            for each in context.layers
+            if each.rotation and each.rotation.inputs and each.rotation.outputs
+        ]
+        assert heads == ["v_proj", "o_proj"]
+    if dtype == torch.float32:
+        expected = logits(model)
+        assert float((logits(work) - expected).norm() / expected.norm()) < 1e-5
+
+
 # What cannot be rotated
 
 
