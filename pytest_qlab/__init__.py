@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pytest_qlab.inputs import CalibrationSet
     from pytest_qlab.lab import Lab
     from pytest_qlab.methods.base import Method, QuantizedLayer
-    from pytest_qlab.methods.registry import register_method
+    from pytest_qlab.methods.preprocessing import Preprocessing
+    from pytest_qlab.methods.registry import register_method, register_preprocessing
     from pytest_qlab.specs import MethodSpec
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Lab",
     "Method",
     "MethodSpec",
+    "Preprocessing",
     "QlabError",
     "QuantizedLayer",
     "__version__",
     "register_method",
+    "register_preprocessing",
 ]
 __version__ = "0.1.0"
 
@@ -42,9 +45,11 @@ _HOMES = {
     "Lab": "lab",
     "Method": "methods.base",
     "MethodSpec": "specs",
+    "Preprocessing": "methods.preprocessing",
     "QlabError": "errors",
     "QuantizedLayer": "methods.base",
     "register_method": "methods.registry",
+    "register_preprocessing": "methods.registry",
 }
 
 

@@ -138,6 +138,11 @@ class Candidate:
                 f"{self.id} quantizes the inputs of {rounded}, which a GGUF file cannot say. Write "
                 "a method that quantizes weights alone."
             )
+        if checkpoint.rotation is not None:
+            raise MethodError(
+                f"{self.id} rotates hidden states between the first and the last block, which a "
+                "GGUF file cannot say. Write a method without a rotation."
+            )
         return write_gguf(
             Path(path),
             self.lab.described,

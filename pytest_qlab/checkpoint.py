@@ -32,6 +32,7 @@ from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
 from pytest_qlab.models.experts import unfuse_experts
+from pytest_qlab.models.rotation import LayerRotation, Rotation, attach_to_model
 from pytest_qlab.models.structure import all_linears
 from pytest_qlab.models.tensorfile import join_files, write_tensors
 
@@ -82,6 +83,17 @@ class Checkpoint:
             parameters=stored["parameters"],
             base_bytes=stored["base_bytes"],
         )
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """Of the hidden states between the blocks, if the layers work on rotated ones."""
+        stored = self.index.get("rotation")
+        return None if stored is None else Rotation.from_dict(stored["hidden"])
+
+    def rotations(self) -> dict[str, LayerRotation]:
+        """Per layer what was rotated, after it was scaled, where anything was."""
+        stored = self.index.get("rotation") or {"layers": {}}
+        return {name: LayerRotation.from_dict(each) for name, each in stored["layers"].items()}
 
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers of the decoder blocks, by name."""
@@ -180,6 +192,11 @@ def save_checkpoint(
             "base_bytes": loaded.nbytes,
         },
     }
+    if quantized.rotation is not None:
+        index["rotation"] = {
+            "hidden": quantized.rotation.to_dict(),
+            "layers": {name: each.to_dict() for name, each in quantized.rotations.items()},
+        }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -209,6 +226,10 @@ def join_checkpoints(directory: Path, parts: Sequence[Path]) -> None:
             "base_bytes": sizes[0]["base_bytes"],
         },
     }
+    rotations = [each["rotation"] for each in found if "rotation" in each]
+    if rotations:
+        layers = {name: each for known in rotations for name, each in known["layers"].items()}
+        index["rotation"] = {"hidden": rotations[0]["hidden"], "layers": layers}
     partial = directory / f"{INDEX_FILE}.partial"
     partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
     partial.replace(directory / INDEX_FILE)
@@ -259,6 +280,8 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
     model = structural_copy(base)
     reference = next(base.parameters())
     originals = dict(base.named_parameters())
+    if checkpoint.rotation is not None:
+        attach_to_model(model, checkpoint.rotation)
     with torch.no_grad():
         place_embeddings(model, checkpoint.embeddings(), reference)
         for name, tensor in checkpoint.others().items():
@@ -289,6 +312,8 @@ def load_alone(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Mo
     with _parameters_without_memory():
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     unfuse_experts(model, check=False)
+    if checkpoint.rotation is not None:
+        attach_to_model(model, checkpoint.rotation)
     with torch.no_grad():
         for name, tensor in checkpoint.others().items():
             replace_parameter(model, name, tensor.to(dtype))

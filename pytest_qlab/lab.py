@@ -356,14 +356,12 @@ class Lab:
 
     def _statistics_for(self, method: Method) -> StatisticsSource | None:
         """What a method is given of the original model."""
-        wanted = method.wanted_statistics
-        if "fisher" in wanted:
+        wanted = method.original_statistics
+        if "fisher" in method.wanted_statistics:
             # First the gradients, which may not be had.
             gradients = self.gradients()
             return WithGradients(self.statistics(gram="gram" in wanted), gradients)
-        if method.stream == "original":
-            return self.statistics(gram="gram" in wanted)
-        return None
+        return self.statistics(gram="gram" in wanted) if wanted else None
 
     def _has_statistics(self, parts: dict[str, Any], *, gram: bool) -> bool:
         return self.store.has("statistics", {**parts, "gram": gram})

@@ -217,9 +217,9 @@ def _finished(given: tuple[str, ...], taken: Mapping[str, Any]) -> dict[str, dic
 
 
 def _method_names() -> list[str]:
-    from pytest_qlab.methods.registry import method_names
+    from pytest_qlab.methods.registry import method_names, preprocessing_names
 
-    return method_names()
+    return [*method_names(), *preprocessing_names()]
 
 
 def available_cores() -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_qlab.checkpoint import (
     instantiate,
@@ -22,16 +22,15 @@ from pytest_qlab.checkpoint import (
     replace_parameter,
     structural_copy,
 )
-from pytest_qlab.formats.plain import PlainWeight
-from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.measuring.evaluation import dense_head
 from pytest_qlab.measuring.forward import predict
-from pytest_qlab.measuring.layers import LayerError, original_terms
+from pytest_qlab.measuring.layers import LayerError
 from pytest_qlab.measuring.resume import Resumable
+from pytest_qlab.measuring.swapped import swapped
 from pytest_qlab.metrics.anchored import Anchor
 from pytest_qlab.models.head import Head, head_of
-from pytest_qlab.models.structure import LinearSite, decoder_blocks, quantizable_linears
+from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
 from pytest_qlab.parallel import ordered_map
 from pytest_qlab.results import Additivity
 
@@ -58,7 +57,7 @@ class Attribution:
         embeddings: the same of a quantized input embedding (with a head that is tied to it) and
             output head.
         rest: the same of all other parameters that the candidate changed; 0 where it changed none,
-            and where a method folded scales, which the layers' own terms take back.
+            and where a method folded scales or rotated, which the layers' own terms take back.
         total: KL of the whole candidate on the same tokens, run in torch.
         control: KL of the base model with nothing replaced, run as the others are: 0, exactly.
         resumed: whether forwards could be continued; False if continued ones were found to give
@@ -242,7 +241,7 @@ class _Swaps:
     def measure(self) -> Attribution:
         checkpoint, base = self._checkpoint, self._lab.base_model
         quantized, scales = checkpoint.layers(), checkpoint.scales()
-        others = checkpoint.others()
+        others, rotations = checkpoint.others(), checkpoint.rotations()
         control, resumed = self._control(), True
         if control != 0:
             control, resumed = self._kl(self._head, self._plain), False
@@ -253,8 +252,14 @@ class _Swaps:
             run = self._continuing(index, states) if resumed else self._plain
             for site in quantizable_linears(block, prefix):
                 bias = others.get(f"{site.name}.bias")
-                swapped = _swapped(site, quantized[site.name], bias, scales.get(site.name, {}))
-                site.replace(self._model, swapped.to(site.stored.device))
+                module = swapped(
+                    site,
+                    quantized[site.name],
+                    bias,
+                    scales.get(site.name, {}),
+                    rotations.get(site.name),
+                )
+                site.replace(self._model, module.to(site.stored.device))
                 layers[site.name] = self._kl(self._head, run)
                 setattr(site.parent, site.attribute, site.module)
             if resumed:
@@ -266,7 +271,7 @@ class _Swaps:
         return Attribution(
             layers=layers,
             embeddings=embeddings,
-            rest=0.0 if scales else self._rest(others, set(quantized)),
+            rest=0.0 if scales or rotations else self._rest(others, set(quantized)),
             total=self._kl_of_model(instantiate(checkpoint, base)),
             control=control,
             resumed=resumed,
@@ -323,57 +328,3 @@ class _Swaps:
                 changed = True
                 replace_parameter(model, name, value)
         return self._kl_of_model(model) if changed else 0.0
-
-
-class _OnFoldedInputs(nn.Module):
-    """A layer that a fold scaled, with quantized inputs: y = row * inner(x / column) + bias."""
-
-    _column: Tensor | None
-    _row: Tensor | None
-    _bias: Tensor | None
-
-    def __init__(
-        self,
-        inner: nn.Module,
-        scales: Mapping[str, Tensor],
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self._inner = inner
-        for name in ("column", "row"):
-            scale = scales.get(name)
-            self.register_buffer(f"_{name}", None if scale is None else scale.to(dtype))
-        self.register_buffer("_bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., n) to (..., m)."""
-        if self._column is not None:
-            x = x / self._column
-        y: Tensor = self._inner(x)
-        if self._row is not None:
-            y = y * self._row
-        return y if self._bias is None else y + self._bias
-
-
-def _swapped(
-    site: LinearSite, layer: QuantizedLayer, bias: Tensor | None, scales: Mapping[str, Tensor]
-) -> nn.Module:
-    """The quantized layer as it acts on the original model's inputs."""
-    own, dtype = site.bias, site.stored.dtype
-    if own is None or bias is None:
-        bias = own
-    else:
-        bias = bias.float() * scales["row"] if "row" in scales else bias
-        bias = bias.to(dtype=own.dtype, device=own.device)
-    if not scales:
-        module = PackedLinear(layer.weight, bias, layer.activation, dtype)
-    elif layer.activation is None:
-        weight = original_terms(layer.weight.dequantize(), dict(scales))
-        module = PackedLinear(PlainWeight(weight), bias, None, dtype)
-    else:
-        inner = PackedLinear(layer.weight, None, layer.activation, dtype)
-        inner.materialize()
-        return _OnFoldedInputs(inner, scales, bias, dtype)
-    module.materialize()
-    return module

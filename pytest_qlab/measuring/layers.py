@@ -1,13 +1,17 @@
 """Which layers did it: the error of every quantized layer, in the original model's terms.
 
-A method may have scaled a layer's columns and rows before it was quantized. The scales are taken
-back here, so that all methods are compared on the same weights and the same calibration inputs.
+A method may have scaled a layer's columns and rows, and rotated its inputs and outputs, before it
+was quantized. That is taken back here, so that all methods are compared on the same weights and
+the same calibration inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pytest_qlab.metrics.weights import WeightError, total, weight_error
 from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
     from pytest_qlab.checkpoint import Checkpoint
     from pytest_qlab.lab import Lab
+    from pytest_qlab.models.rotation import LayerRotation
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,20 @@ class LayerErrors:
         return cls(tuple(layers), WeightError(**stored["total"]))
 
 
-def original_terms(weight: Tensor, scales: dict[str, Tensor]) -> Tensor:
+def original_terms(
+    weight: Tensor, scales: Mapping[str, Tensor], rotation: LayerRotation | None = None
+) -> Tensor:
     """A dequantized weight (m, n) as it acts on the original inputs and outputs.
 
-    A fold made W' = diag(1/row) W diag(column), so W = diag(row) W' diag(1/column).
+    A fold made W' = diag(1/row) W diag(column), so W = diag(row) W' diag(1/column); a rotation
+    after it is taken back before. Columns that were multiplied by 0 have no original terms and
+    are 0: what they read is 0 in the original model.
     """
+    if rotation is not None:
+        weight = rotation.original(weight.double()).to(weight.dtype)
     if "column" in scales:
-        weight = weight / scales["column"]
+        column = scales["column"]
+        weight = torch.where(column == 0, 0, weight / column)
     if "row" in scales:
         weight = weight * scales["row"][:, None]
     return weight
@@ -76,7 +88,7 @@ def original_terms(weight: Tensor, scales: dict[str, Tensor]) -> Tensor:
 def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
     """Compare every layer of a checkpoint with the base model's."""
     statistics = lab.statistics(gram=True)
-    quantized, scales = checkpoint.layers(), checkpoint.scales()
+    quantized, scales, rotations = checkpoint.layers(), checkpoint.scales(), checkpoint.rotations()
     layers: list[LayerError] = []
     errors: list[WeightError] = []
     for index, (name, block) in enumerate(decoder_blocks(lab.base_model)):
@@ -85,7 +97,9 @@ def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
             packed = quantized[site.name].weight
             found = weight_error(
                 site.weight().cpu(),
-                original_terms(packed.dequantize(), scales.get(site.name, {})),
+                original_terms(
+                    packed.dequantize(), scales.get(site.name, {}), rotations.get(site.name)
+                ),
                 known[site.name].gram,
                 name=site.name,
             )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pytest_qlab.methods.configured import Configured, Statistic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from pytest_qlab.methods.pipeline import QuantizedModel
     from pytest_qlab.models.load import LoadedModel
 
+__all__ = ["Bits", "Method", "QuantizedLayer", "Statistic", "Stream"]
+
 Bits = Literal[2, 3, 4, 8]
-Statistic = Literal["channels", "gram", "fisher"]
 Stream = Literal["none", "original", "quantized"]
 
 
@@ -39,7 +40,7 @@ class QuantizedLayer:
     activation: ActivationQuantizer | None = None
 
 
-class Method(BaseModel):
+class Method(Configured):
     """A quantization method with its options, which carry the field's own names.
 
     Subclasses declare options as pydantic fields with defaults; equal options make equal, hashable
@@ -47,21 +48,13 @@ class Method(BaseModel):
     are collected: the original model's, or those of a model whose earlier blocks are quantized.
 
     Class variables:
-        positional: the option that may be given without its name: `gguf:Q4_K_M`.
         stored_dtype: what all parameters that are not quantized are stored in; as the model's own
             checkpoint stores them if None.
         in_all: whether `all` names the method, too.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    reference: ClassVar[str] = ""
-    version: ClassVar[int] = 1
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     cost: ClassVar[float] = 1.0
-    positional: ClassVar[str | None] = None
     stored_dtype: ClassVar[str | None] = None
     in_all: ClassVar[bool] = True
 
@@ -76,40 +69,9 @@ class Method(BaseModel):
         return "original" if self.wanted_statistics else "none"
 
     @property
-    def id(self) -> str:
-        """A readable name, different for every set of options: `gptq-w3g64-sym`."""
-        return "-".join([self.name, *self._id_parts()])
-
-    def _id_parts(self) -> list[str]:
-        """The width and group, then every option that differs from its default."""
-        values = self.model_dump(mode="json")
-        parts = []
-        if self.positional is not None:
-            parts.append(str(values.pop(self.positional)))
-        if "bits" in values:
-            width = f"w{values.pop('bits')}"
-            if "activation_bits" in values:
-                width += f"a{values.pop('activation_bits')}"
-            if "group_size" in values:
-                group = values.pop("group_size")
-                width += f"g{group}" if group > 0 else "-channel"
-            parts.append(width)
-        for key, value in sorted(values.items()):
-            if value == type(self).model_fields[key].get_default(call_default_factory=True):
-                continue
-            if isinstance(value, bool):
-                parts.append(key if value else f"no_{key}")
-            else:
-                parts.append(f"{key}={value}")
-        return parts
-
-    def identity(self) -> dict[str, Any]:
-        """Everything of the method that determines its codes; part of every artefact's key."""
-        return {
-            "method": self.name,
-            "version": self.version,
-            "options": self.model_dump(mode="json"),
-        }
+    def original_statistics(self) -> frozenset[Statistic]:
+        """What is wanted of the original model's activations, whatever `stream` is besides."""
+        return self.wanted_statistics if self.stream == "original" else frozenset()
 
     def assign(self, model: nn.Module) -> dict[str, Method]:
         """Which method quantizes which matrix of a model, by the dotted name of its module.

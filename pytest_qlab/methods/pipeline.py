@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
 from pytest_qlab.methods.inputs import check_weight
 from pytest_qlab.models.folds import discover_folds
+from pytest_qlab.models.rotation import LayerRotation, Rotation, attach
 from pytest_qlab.models.structure import (
     LinearSite,
     decoder_blocks,
@@ -46,6 +48,8 @@ class QuantizedModel:
         changed: other parameters whose values are not the base model's, float32, by name.
         stored_dtype: what all other parameters are stored in; None as the base checkpoint has them.
         scales: per layer, what folds multiplied its columns by and divided its rows by.
+        rotation: of the hidden states between blocks, if the layers work on rotated ones.
+        rotations: per layer, what was rotated after it was scaled.
         kernel: what really runs the bits, where that is not torch.
         seconds: wall time of the whole pass.
         forwards: calibration sequences that were run.
@@ -56,6 +60,8 @@ class QuantizedModel:
     changed: dict[str, Tensor] = field(default_factory=dict)
     stored_dtype: torch.dtype | None = None
     scales: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rotation: Rotation | None = None
+    rotations: dict[str, LayerRotation] = field(default_factory=dict)
     kernel: str = ""
     seconds: float = 0.0
     forwards: int = 0
@@ -157,14 +163,30 @@ class Pass:
         if self._transforms:
             self.method.transform_block(context)
         by_name = {layer.name: layer for layer in context.layers}
-        for batch in self.method.groups_of(context):
-            layers = [by_name[layer] for layer in batch]
-            if self.stream is not None:
-                self._collect(index, block, layers)
-            self._quantize(layers)
-        if self.stream is not None and index + 1 < len(self.blocks):
-            self.stream.advance(index, block)
+        with self._rotating(context, block):
+            for batch in self.method.groups_of(context):
+                layers = [by_name[layer] for layer in batch]
+                if self.stream is not None:
+                    self._collect(index, block, layers)
+                self._quantize(layers)
+            if self.stream is not None and index + 1 < len(self.blocks):
+                self.stream.advance(index, block)
         set_materialized(block, False)
+
+    @contextmanager
+    def _rotating(self, context: BlockContext, block: nn.Module) -> Iterator[None]:
+        """Within, the first block rotates what it is given, and the last its output back."""
+        if context.rotation is None:
+            yield
+            return
+        self.result.rotation = context.rotation
+        first = context.index == 0
+        handles = attach(block, context.rotation, first=first, last=context.last)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def quantize_embedding(self, name: str, method: Method) -> None:
         self.progress(f"{self.method.id}: {name}")
@@ -187,20 +209,22 @@ class Pass:
                 found = found.to(site.stored.device)
             return LayerContext(site.name, site, found, quantized, groups.get(site.name, 0))
 
-        layers = [layer(site, True) for site in sites]
-        folds: list[FoldContext] = []
+        context = BlockContext(index, [layer(site, True) for site in sites])
         if self.traces is not None:
-            everything = {each.name: each for each in layers}
-            everything.update({site.name: layer(site, False) for site in gates})
+            context.routers = [layer(site, False) for site in gates]
+            everything = {each.name: each for each in (*context.layers, *context.routers)}
             trace = self.traces[index]
+            context.module, context.name = block, name
+            context.last = index + 1 == len(self.blocks)
+            context.hidden, context.run = trace.hidden, lambda hidden: trace(block, hidden)
             found = discover_folds(block, lambda: trace(block, trace.hidden), sites, name)
-            folds = [
+            context.folds = [
                 FoldContext(
                     fold, [everything[each] for each in fold.layers], everything.get(fold.previous)
                 )
                 for fold in found
             ]
-        return BlockContext(index, layers, folds)
+        return context
 
     def _collect(self, index: int, block: nn.Module, layers: list[LayerContext]) -> None:
         assert self.stream is not None
@@ -251,6 +275,8 @@ class Pass:
         kept = {key: scale for key, scale in scales.items() if scale is not None}
         if kept:
             self.result.scales[layer.name] = kept
+        if layer.rotation is not None:
+            self.result.rotations[layer.name] = layer.rotation
         if self.stream is not None:
             self._install(layer.site, quantized)
 

@@ -79,6 +79,22 @@ class Fold:
             else:
                 _divide_norm(self._previous, scale, self._convention)
 
+    @property
+    def norm(self) -> nn.Module:
+        """The norm before; only of the kind `norm`."""
+        assert isinstance(self._previous, nn.Module)
+        return self._previous
+
+    def norm_factor(self) -> Tensor:
+        """What the norm multiplies its channels by; float64 [n]."""
+        weight = self.norm.get_parameter("weight").detach().double()
+        return weight if self._convention == "plain" else 1 + weight
+
+    def neutralize(self) -> None:
+        """Let the norm multiply its channels by 1; the layers do not follow."""
+        with torch.no_grad():
+            self.norm.get_parameter("weight").fill_(1 if self._convention == "plain" else 0)
+
     def parameters(self) -> list[Tensor]:
         """All parameters that `apply` writes to."""
         touched = [site.stored for site in self.sites]
@@ -109,9 +125,7 @@ def discover_folds(
     Returns:
         Verified folds, disjoint in their layers. The weights are left as they were, to the bit.
     """
-    everything = [*sites, *routers(block, block_name)]
-    order = {name: i for i, (name, _) in enumerate(block.named_modules(prefix=block_name))}
-    everything.sort(key=lambda site: order.get(site.name, len(order)))
+    everything = _with_routers(block, sites, block_name)
     with torch.no_grad(), every_expert_reached():
         trace = _trace(block, run, everything, block_name)
         trial = _Trial(run)
@@ -122,6 +136,34 @@ def discover_folds(
         rest = [s for s in everything if s.name not in taken and s.name in trace.inputs]
         folds.extend(_linear_folds(trial, rest, everything, trace))
     return folds
+
+
+def norm_readers(
+    block: nn.Module,
+    run: Callable[[], Tensor],
+    sites: Sequence[LinearSite],
+    block_name: str,
+) -> list[Fold]:
+    """The block's norms with all matrices that read them, as one forward shows it; not tried.
+
+    Something else may read a norm as well: whoever changes it has to see what the block computes.
+
+    Args:
+        block, run, sites, block_name: as of `discover_folds`.
+    """
+    everything = _with_routers(block, sites, block_name)
+    with torch.no_grad(), every_expert_reached():
+        trace = _trace(block, run, everything, block_name)
+        return list(_norm_candidates(trace, everything))
+
+
+def _with_routers(
+    block: nn.Module, sites: Sequence[LinearSite], block_name: str
+) -> list[LinearSite]:
+    """The sites and the block's routers in model order."""
+    everything = [*sites, *routers(block, block_name)]
+    order = {name: i for i, (name, _) in enumerate(block.named_modules(prefix=block_name))}
+    return sorted(everything, key=lambda site: order.get(site.name, len(order)))
 
 
 @dataclass

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pytest_qlab.errors import QlabError
 from pytest_qlab.methods.base import Method
-from pytest_qlab.methods.registry import find_method, method_names
+from pytest_qlab.methods.preprocessing import Preprocessing
+from pytest_qlab.methods.registry import (
+    find_method,
+    find_preprocessing,
+    method_names,
+    preprocessing_names,
+)
 from pytest_qlab.specs import DEFAULT_SPECS
 
 WIDTH = 88
 
 
 def describe_methods(configurations: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Every registered method with its summary, needs and options, then the named configurations.
+    """All methods and preprocessings with summary, needs and options, then named configurations.
 
     Imports no torch. A method of somebody else's that cannot be imported is listed with the reason.
 
@@ -24,9 +30,12 @@ def describe_methods(configurations: Mapping[str, Mapping[str, Any]] | None = No
         configurations: the tables `[tool.qlab.methods]` of pyproject.toml.
     """
     blocks = []
-    for name in method_names():
+    finders: list[tuple[Callable[[str], type[Method] | type[Preprocessing]], str]]
+    finders = [(find_method, name) for name in method_names()]
+    finders += [(find_preprocessing, name) for name in preprocessing_names()]
+    for find, name in finders:
         try:
-            blocks.append(_describe(find_method(name)))
+            blocks.append(_describe(find(name)))
         except QlabError as error:
             blocks.append(f"{name}\n{_indented(f'not available: {error}')}")
     for name, table in (configurations or {}).items():
@@ -35,15 +44,17 @@ def describe_methods(configurations: Mapping[str, Mapping[str, Any]] | None = No
         blocks.append(f"{name}\n{_indented(told)}")
     usage = (
         "Choose with --qlab-methods=NAME[:option=value]...,NAME...; globs, 'all' and '!NAME' work. "
-        "Example: --qlab-methods=gptq:bits=3:group_size=64,awq"
+        "A preprocessing stands in front of one method: PREPROCESSING[:option=value]...+NAME. "
+        "Example: --qlab-methods=gptq:bits=3:group_size=64,awq,quarot+rtn"
     )
     default = f"Default: {','.join(DEFAULT_SPECS)}"
     ends = [textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (usage, default)]
     return "\n\n".join([*blocks, *ends]) + "\n"
 
 
-def _describe(method: type[Method]) -> str:
-    lines = [method.name, _indented(getattr(method, "summary", "") or "(no summary)")]
+def _describe(method: type[Method] | type[Preprocessing]) -> str:
+    title = f"{method.name}+METHOD" if issubclass(method, Preprocessing) else method.name
+    lines = [title, _indented(getattr(method, "summary", "") or "(no summary)")]
     if method.reference:
         lines.append(_indented(f"reference: {method.reference}"))
     needs = ", ".join(sorted(method.needs)) or "nothing"

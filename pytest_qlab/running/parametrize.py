@@ -138,7 +138,7 @@ def _restricted(run: Run, patterns: list[str]) -> list[Any]:
         SpecError: a pattern that names no method there is.
     """
     from pytest_qlab.methods.registry import method_names
-    from pytest_qlab.specs import parse_specs
+    from pytest_qlab.specs import known_name, parse_specs
 
     kept: set[str] = set()
     for pattern in patterns:
@@ -151,7 +151,7 @@ def _restricted(run: Run, patterns: list[str]) -> list[Any]:
             except SpecError as error:
                 if ":" in pattern or any(character in pattern for character in "*?["):
                     raise
-                if pattern.split("-")[0] in known:
+                if known_name(pattern, known):
                     continue
                 raise SpecError(
                     f"@pytest.mark.qlab: unknown method {pattern!r}.{did_you_mean(pattern, known)}"

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qlab.methods.registry import _BUILTIN, find_method
+from pytest_qlab.methods.configured import Configured
+from pytest_qlab.methods.registry import (
+    _BUILTIN,
+    _PREPROCESSINGS,
+    find_method,
+    find_preprocessing,
+)
 from pytest_qlab.options import ACTIONS, OPTIONS, Option
 from pytest_qlab.results import Budget, CandidateResult, Change, LayerRow, Measure, Results
 from pytest_qlab.specs import DEFAULT_SPECS
@@ -133,10 +139,15 @@ def test_no_option_is_made_up() -> None:
         assert named <= known, name_of(page)
 
 
-@pytest.mark.parametrize("name", sorted(_BUILTIN))
+@pytest.mark.parametrize("name", sorted([*_BUILTIN, *_PREPROCESSINGS]))
 def test_every_method_and_each_of_its_options_is_documented(name: str) -> None:
     page = read("reference/methods.md")
-    section = page.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+    kind: type[Configured]
+    if name in _BUILTIN:
+        kind, section = find_method(name), page.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+    else:
+        kind, section = find_preprocessing(name), page.split(f"\n### `{name}`\n")[1]
+        section = re.split("\n###? ", section)[0]
     documented = {
         row[0].strip("`"): row[2].strip("`")
         for row in rows(section)
@@ -144,7 +155,7 @@ def test_every_method_and_each_of_its_options_is_documented(name: str) -> None:
     }
     defaults = {
         key: "required" if field.is_required() else str(field.default).lower()
-        for key, field in find_method(name).model_fields.items()
+        for key, field in kind.model_fields.items()
     }
     assert documented == defaults
 
