@@ -3,6 +3,7 @@
 from pytest_qlab.formats.activations import (
     ActivationQuantizer,
     PerTensorAffine,
+    PerTokenFloat8,
     PerTokenSymmetric,
     load_activation,
 )
@@ -11,6 +12,7 @@ from pytest_qlab.formats.base import PackedWeight, load_packed, register_format
 from pytest_qlab.formats.bilevel import BilevelAffine
 from pytest_qlab.formats.blockwise import BlockwiseTable
 from pytest_qlab.formats.float4 import MicroscaledFloat4
+from pytest_qlab.formats.float8 import ScaledFloat8
 from pytest_qlab.formats.ggml import GgmlBlocks
 from pytest_qlab.formats.incoherent import Incoherent
 from pytest_qlab.formats.lookup import RowLookup
@@ -27,9 +29,11 @@ __all__ = [
     "MicroscaledFloat4",
     "PackedWeight",
     "PerTensorAffine",
+    "PerTokenFloat8",
     "PerTokenSymmetric",
     "PlainWeight",
     "RowLookup",
+    "ScaledFloat8",
     "WithOutliers",
     "load_activation",
     "load_packed",

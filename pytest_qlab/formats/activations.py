@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.formats.float8 import row_scales, to_e4m3
 
 
 class ActivationQuantizer(ABC):
@@ -56,6 +57,25 @@ class PerTokenSymmetric(ActivationQuantizer):
         scale = values.abs().amax(-1, keepdim=True) / limit
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         return (values / scale).round_(), scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class PerTokenFloat8(ActivationQuantizer):
+    """E4M3 numbers with one scale for each token, found at run time: max |x| / 448."""
+
+    format: ClassVar[str] = "per-token-float8"
+    bits = 8
+
+    def __call__(self, x: Tensor) -> Tensor:
+        codes, scale = self.codes(x)
+        return codes.to(torch.float32).mul_(scale).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float8_e4m3fn of the shape of `x`, and float32 scales (..., 1)."""
+        scale = row_scales(x)
+        return to_e4m3(x.to(torch.float32) / scale), scale
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -111,6 +131,8 @@ def load_activation(
     kind = metadata.get("format")
     if kind == PerTokenSymmetric.format:
         return PerTokenSymmetric(int(metadata["bits"]))
+    if kind == PerTokenFloat8.format:
+        return PerTokenFloat8()
     if kind == PerTensorAffine.format and {"scale", "zero_point"} <= tensors.keys():
         return PerTensorAffine(
             int(metadata["bits"]), float(tensors["scale"]), int(tensors["zero_point"])

@@ -19,6 +19,7 @@ from pytest_qlab.errors import CorruptEntryError
 from pytest_qlab.formats.activations import PerTensorAffine
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.crossover import crossover
+from pytest_qlab.kernels.fp8 import Float8CudaLinear
 from pytest_qlab.kernels.int4 import Int4CpuLinear, Int4CudaLinear
 from pytest_qlab.kernels.int8 import Int8Linear
 from pytest_qlab.kernels.linear import PackedLinear
@@ -31,6 +32,7 @@ KERNELS: tuple[type[KernelLinear], ...] = (
     Int8Linear,
     W8A8CpuLinear,
     W8A8CudaLinear,
+    Float8CudaLinear,
 )
 TOLERANCE = 2.0**-5
 PROBE_ROWS = 8

@@ -24,6 +24,7 @@ _BUILTIN = {
     "mxfp4": "pytest_qlab.methods.microscaled:Mxfp4",
     "nvfp4": "pytest_qlab.methods.microscaled:Nvfp4",
     "dynamic": "pytest_qlab.methods.dynamic:Dynamic",
+    "fp8": "pytest_qlab.methods.fp8:Fp8",
     "static": "pytest_qlab.methods.static:Static",
     "smoothquant": "pytest_qlab.methods.smoothquant:SmoothQuant",
     "gptq": "pytest_qlab.methods.gptq:Gptq",

@@ -10,10 +10,12 @@ from torch import Tensor
 from pytest_qlab.formats.affine import AffineGroups, group_length
 from pytest_qlab.solvers.blockwise import Float4, NormalFloat4
 from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4
+from pytest_qlab.solvers.float8 import Float8
 from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped, nearest_codes
 
 __all__ = [
     "Float4",
+    "Float8",
     "Mxfp4",
     "NormalFloat4",
     "Nvfp4",

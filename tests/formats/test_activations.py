@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
-from pytest_qlab.formats import PerTensorAffine, PerTokenSymmetric, load_activation
+from pytest_qlab.formats import (
+    PerTensorAffine,
+    PerTokenFloat8,
+    PerTokenSymmetric,
+    load_activation,
+)
+from tests.formats.test_float8 import e4m3, nearest
 
 
 @pytest.fixture
@@ -24,6 +30,17 @@ def test_per_token_rounds_each_token_on_its_own_grid(inputs: Tensor, bits: int) 
         step = max(abs(float(value)) for value in token) / (2 ** (bits - 1) - 1)
         expected = [step * round(float(value) / step) for value in token]
         assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_float8_rounds_each_token_to_the_nearest_number_of_its_own_scale(inputs: Tensor) -> None:
+    result = PerTokenFloat8()(inputs)
+    codes, scales = PerTokenFloat8().codes(inputs)
+    assert scales.shape == (2, 5, 1)
+    assert torch.equal(codes.float() * scales, result)
+    for token, found in zip(inputs.view(-1, 24), result.view(-1, 24), strict=True):
+        scale = max(abs(float(value)) for value in token) / 448
+        expected = [scale * e4m3(nearest(float(value) / scale)) for value in token]
+        assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -55,7 +72,8 @@ def test_a_range_beside_zero_is_widened_to_it(low: float, high: float) -> None:
 def test_a_token_of_zeros_stays_zero() -> None:
     x = torch.zeros(3, 8)
     x[1] = 1.0
-    assert torch.equal(PerTokenSymmetric(8)(x), x)
+    for quantizer in (PerTokenSymmetric(8), PerTokenFloat8()):
+        assert torch.equal(quantizer(x), x)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -64,33 +82,48 @@ def test_tiny_and_huge_tokens_keep_their_relative_precision(size: float, bits: i
     x = torch.tensor([[1.0, -0.5, 0.25]]) * size
     step = size / (2 ** (bits - 1) - 1)
     assert float((PerTokenSymmetric(bits)(x) - x).abs().max()) <= 0.51 * step
+    assert torch.allclose(PerTokenFloat8()(x), x, rtol=2.0**-4, atol=0)
 
 
 def test_the_smallest_numbers_do_not_become_nan() -> None:
-    assert bool(PerTokenSymmetric(8)(torch.full((1, 4), 1e-45)).isfinite().all())
+    for quantizer in (PerTokenSymmetric(8), PerTokenFloat8()):
+        assert bool(quantizer(torch.full((1, 4), 1e-45)).isfinite().all())
     assert bool(PerTensorAffine.from_range(-1e-45, 1e-45, 8)(torch.zeros(1)).isfinite().all())
 
 
 def test_nan_is_passed_on_rather_than_hidden() -> None:
     x = torch.tensor([[1.0, math.nan]])
     assert bool(PerTokenSymmetric(8)(x).isnan().all())
+    assert bool(PerTokenFloat8()(x).isnan().all())
     assert bool(PerTensorAffine.from_range(-1, 1, 8)(x).isnan().any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_type_is_kept(inputs: Tensor, dtype: torch.dtype) -> None:
-    for quantizer in (PerTokenSymmetric(8), PerTensorAffine.from_range(-9, 9, 8)):
+    for quantizer in (
+        PerTokenSymmetric(8),
+        PerTokenFloat8(),
+        PerTensorAffine.from_range(-9, 9, 8),
+    ):
         assert quantizer(inputs.to(dtype)).dtype == dtype
 
 
 def test_quantizing_twice_changes_nothing(inputs: Tensor) -> None:
-    for quantizer in (PerTokenSymmetric(8), PerTensorAffine.from_range(-9, 9, 4)):
+    for quantizer in (
+        PerTokenSymmetric(8),
+        PerTokenFloat8(),
+        PerTensorAffine.from_range(-9, 9, 4),
+    ):
         once = quantizer(inputs)
         assert torch.allclose(quantizer(once), once, rtol=1e-6)
 
 
 def test_saved_and_loaded_they_give_the_same_bits(inputs: Tensor) -> None:
-    for quantizer in (PerTokenSymmetric(4), PerTensorAffine.from_range(-7.3, 9.1, 8)):
+    for quantizer in (
+        PerTokenSymmetric(4),
+        PerTokenFloat8(),
+        PerTensorAffine.from_range(-7.3, 9.1, 8),
+    ):
         again = load_activation(quantizer.metadata(), quantizer.tensors())
         assert torch.equal(again(inputs), quantizer(inputs))
 

@@ -15,6 +15,10 @@ class TestInputsRounded(MethodConformance):
     specs: ClassVar = ("dynamic", "static", "static:bits=3:activation_bits=4")
 
 
+class TestFloat8(MethodConformance):
+    specs: ClassVar = ("fp8", "fp8:activations=false")
+
+
 class TestGptq(MethodConformance):
     specs: ClassVar = (
         "gptq",
