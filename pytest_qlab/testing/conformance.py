@@ -51,7 +51,7 @@ class MethodConformance:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Give each test the methods of `specs`."""
         if "method" in metafunc.fixturenames:
-            methods = _methods(type(self))
+            methods = methods_of(type(self))
             metafunc.parametrize("method", methods, ids=[method.id for method in methods])
 
     # --- what it is ------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class MethodConformance:
         assert float((here == there.cpu()).float().mean()) > 0.9
 
 
-def _methods(cls: type[MethodConformance]) -> list[Method]:
+def methods_of(cls: type[MethodConformance]) -> list[Method]:
     given = [cls.specs] if isinstance(cls.specs, str | Method) else list(cls.specs)
     methods: list[Method] = []
     for each in given:

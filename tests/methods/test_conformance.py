@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pytest_qlab.methods.registry import method_names
 from pytest_qlab.testing import MethodConformance
+from pytest_qlab.testing.conformance import methods_of
 
 
 class TestRounding(MethodConformance):
@@ -61,3 +63,18 @@ class TestQuip(MethodConformance):
 
 class TestSpqr(MethodConformance):
     specs: ClassVar = ("spqr", "spqr:bits=2", "spqr:bits=4:desc_act=false:leave_one_out=false")
+
+
+class TestComposed(MethodConformance):
+    specs: ClassVar = ("smoothquant", "quarot+gptq", "quarot+rtn:bits=3", "smooth+gptq:bits=3")
+
+
+def test_no_built_in_method_is_left_out() -> None:
+    covered = {
+        method.name
+        for suite in MethodConformance.__subclasses__()
+        if suite.__module__ == __name__
+        for method in methods_of(suite)
+    }
+    finished = {"gguf", "gguf_file", "llamacpp"}  # Whole models, by the code of others or a mix.
+    assert set(method_names()) - covered == finished
