@@ -9,12 +9,15 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_qlab.methods.base import Method
+    from pytest_qlab.methods.preprocessing import Preprocessing
 
 
 @pytest.hookspec
-def pytest_qlab_methods(config: pytest.Config) -> Iterable[type[Method]] | None:
-    """Methods that can be chosen in this run, besides those that are registered otherwise.
+def pytest_qlab_methods(
+    config: pytest.Config,
+) -> Iterable[type[Method] | type[Preprocessing]] | None:
+    """Methods and preprocessings for this run, besides those that are registered otherwise.
 
     Called once in every process, before specifications are read. Classes are registered under their
-    `name`, as by the decorator `register_method`.
+    `name`, as by the decorators `register_method` and `register_preprocessing`.
     """

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.directions import DIRECTIONS, Direction, direction_of
 from pytest_qlab.errors import MetricError, SpecError, did_you_mean
-from pytest_qlab.specs import known_name
 
 if TYPE_CHECKING:
     from pytest_qlab.decision import Side
@@ -169,6 +168,8 @@ def _hits(pattern: str, spec: MethodSpec) -> bool:
 
 def _could_hit(pattern: str, names: set[str]) -> bool:
     """Whether some method could have that name or id: ids are a name, a dash and options."""
+    from pytest_qlab.specs import known_name
+
     head = pattern.split("-")[0]
     return known_name(pattern, names) or any(
         fnmatchcase(name, piece) for name in names for piece in (pattern, head)

@@ -5,28 +5,36 @@ from __future__ import annotations
 import pytest
 
 from pytest_qlab.errors import SpecError
-from pytest_qlab.methods.base import Method
-from pytest_qlab.methods.registry import register_method
 
 
 def register_methods_of_hooks(config: pytest.Config) -> None:
-    """Call the hook, and register what it returns.
+    """Call the hook, and register what it returns: methods, and preprocessings.
 
     Raises:
-        pytest.UsageError: something is no method, or has a name that is taken.
+        pytest.UsageError: something is neither, or has a name that is taken.
     """
+    if not config.hook.pytest_qlab_methods.get_hookimpls():
+        return  # Other tests should not even import pydantic.
+    from pytest_qlab.methods.base import Method
+    from pytest_qlab.methods.preprocessing import Preprocessing
+    from pytest_qlab.methods.registry import register_method, register_preprocessing
+
     for found in config.hook.pytest_qlab_methods(config=config):
         try:
             classes = list(found)
         except TypeError:
             classes = [found]
         for each in classes:
-            if not (isinstance(each, type) and issubclass(each, Method)):
-                raise pytest.UsageError(
-                    f"An implementation of the hook pytest_qlab_methods returned {each!r}; "
-                    "expected subclasses of pytest_qlab.Method in a list."
-                )
+            kind = each if isinstance(each, type) else object
             try:
-                register_method(each)
+                if issubclass(kind, Method):
+                    register_method(kind)
+                elif issubclass(kind, Preprocessing):
+                    register_preprocessing(kind)
+                else:
+                    raise pytest.UsageError(
+                        f"An implementation of the hook pytest_qlab_methods returned {each!r}; "
+                        "expected subclasses of pytest_qlab.Method or Preprocessing in a list."
+                    )
             except SpecError as error:
                 raise pytest.UsageError(str(error)) from error

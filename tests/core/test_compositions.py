@@ -158,7 +158,7 @@ def test_patterns_choose_compositions() -> None:
         ("gptq:bits=3+rtn", "'gptq' is a method, and a method comes last"),
         ("gptq+quarot", "'quarot' is a preprocessing"),
         ("qarot+gptq", "Unknown preprocessing 'qarot'. Did you mean 'quarot'"),
-        ("quarot+gqtp", "Unknown method 'gqtp'. Did you mean 'gptq'"),
+        ("quarot+gqtp", "Unknown method 'gqtp'. Did you mean .*'gptq'"),
         ("quarot+all", "'all' cannot follow.*quarot\\+rtn,quarot\\+gptq"),
         ("quarot+g*", "'g\\*' cannot follow"),
         ("quarot:seed=1+g*", "'g\\*' cannot follow.*quarot:seed=1\\+rtn"),

@@ -18,6 +18,15 @@ class Mine(Method):
 DECORATED = METHOD.replace("class", "@register_method\nclass").replace(
     "import Method", "import Method\nfrom pytest_qlab.methods.registry import register_method"
 )
+PREPROCESSING = """
+from pytest_qlab.methods.preprocessing import Preprocessing
+
+class First(Preprocessing):
+    name = "first"
+    summary = "changes nothing"
+
+    def transform_block(self, block): pass
+"""
 HOOKED = f"{METHOD}\ndef pytest_qlab_methods(config):\n    return [Mine]\n"
 
 
@@ -55,6 +64,14 @@ def test_what_a_hook_returns_is_checked(
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     found.stderr.fnmatch_lines([message])
     assert "Traceback" not in found.stderr.str()
+
+
+def test_a_hook_may_bring_a_preprocessing(pytester: pytest.Pytester) -> None:
+    text = HOOKED.replace("[Mine]", "[Mine, First]") + PREPROCESSING
+    pytester.makeconftest(text)
+    pytester.makepyfile("def test_mine(quantized): pass")
+    found = pytester.runpytest_subprocess("--qlab-methods=first+mine", "--co", "-q")
+    found.stdout.fnmatch_lines(["*test_mine?first+mine?"])
 
 
 def test_a_package_brings_a_method(
