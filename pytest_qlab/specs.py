@@ -33,9 +33,17 @@ DEFAULT_SPECS = (
     "dynamic:bits=4",
     "static:bits=8",
     "static:bits=4",
+    "smoothquant",
     "rtn",
-    "gptq",
+    "hqq",
+    "nf4",
+    "nvfp4",
     "awq",
+    "gptq",
+    "quarot+gptq",
+    "squeezellm",
+    "quip",
+    "spqr",
 )
 C = TypeVar("C", bound=Configured)
 # A plus between two names; one inside a value, such as 1e+3, is not followed by a name.

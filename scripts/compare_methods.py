@@ -20,6 +20,7 @@ from typing import Any
 from pytest_qlab.candidate import Candidate
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.lab import Lab
+from pytest_qlab.models.structure import all_linears
 from scripts.update_readme import replaced
 
 METHODS: Mapping[int, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "squeezellm",
         "squeezellm:dense_and_sparse",
         "spqr:bits=4",
+        "spqr",
         "quip",
         "quip:transform=hadamard",
         "quarot+rtn:group_size=-1",
@@ -62,7 +64,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "hqq:bits=3",
         "squeezellm:bits=3",
         "squeezellm:bits=3:dense_and_sparse",
-        "spqr",
+        "spqr:outlier_threshold=0.5",
         "quip:bits=3",
         "quip:bits=3:transform=hadamard",
         "quarot+rtn:bits=3:group_size=-1",
@@ -80,7 +82,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "hqq:bits=2:group_size=32",
         "squeezellm:bits=2",
         "squeezellm:bits=2:dense_and_sparse",
-        "spqr:bits=2",
+        "spqr:bits=2:outlier_threshold=1",
         "quip:bits=2",
         "quip:bits=2:transform=hadamard",
         "quarot+gptq:bits=2:group_size=-1",
@@ -88,7 +90,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "ggml:Q2_K",
         "ggml:Q2_K:imatrix",
     ),
-    8: ("none", "dynamic", "static", "smoothquant", "rtn:bits=8", "ggml:Q8_0"),
+    8: ("none", "dynamic", "static", "smoothquant", "fp8", "rtn:bits=8", "hqq:bits=8", "ggml:Q8_0"),
 }
 HEAD = ("method", "bits per weight", "KL, nats", "95 %", "perplexity", "layer error", "seconds")
 
@@ -113,6 +115,21 @@ def row(candidate: Candidate) -> tuple[float, list[str]]:
         f"{candidate.checkpoint.seconds:.1f}",
     ]
     return float(kl), cells
+
+
+def shape_of_weights(lab: Lab) -> str:
+    """How far weights are from normal: what rotations, tables and outliers can gain from."""
+    fourth, largest = [], []
+    for site in all_linears(lab.base_model):
+        weight = site.weight()
+        scaled = weight / weight.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        fourth.append(float(scaled.pow(4).mean()))
+        largest.append(float(scaled.abs().amax(1).mean()))
+    return (
+        f"Rows of weights have a kurtosis of {min(fourth):.2f} to {max(fourth):.2f} (mean "
+        f"{sum(fourth) / len(fourth):.2f}; normal numbers: 3), and a largest weight of "
+        f"{sum(largest) / len(largest):.2f} root mean squares on average."
+    )
 
 
 def table(lab: Lab, specs: Sequence[str]) -> str:
@@ -144,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress=lambda line: print(line, file=sys.stderr),
         **given,
     )
+    shape = shape_of_weights(lab)
     page = None if options.into is None else options.into.read_text(encoding="utf-8")
     for bits in options.bits:
         started = time.perf_counter()
@@ -153,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{found}\n\n{note}\n\n")
         if page is not None:
             page = replaced(page, f"methods-{bits}", f"\n{found}\n\n{note}\n")
+    sys.stdout.write(f"{shape}\n")
+    if page is not None:
+        page = replaced(page, "shape-of-weights", shape)
     if options.into is not None and page is not None:
         options.into.write_text(page, encoding="utf-8")
 

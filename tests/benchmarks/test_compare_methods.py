@@ -23,7 +23,8 @@ def test_the_table_is_ordered_by_damage_and_goes_into_a_page(
     methods = ("rtn:bits=2", "none", "rtn:bits=8")
     monkeypatch.setattr(compare_methods, "METHODS", {4: methods})
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- methods-4 -->\n<!-- /methods-4 -->\nafter\n")
+    markers = [f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("shape-of-weights", "methods-4")]
+    page.write_text("".join(["before\n", *markers, "after\n"]))
     model = save_tiny_model(tmp_path / "model")
     options = {"model": model, "store": tmp_path / "store", "max-windows": 2, "into": page}
     compare_methods.main(["--bits=4", *(f"--{key}={value}" for key, value in options.items())])
@@ -34,6 +35,7 @@ def test_the_table_is_ordered_by_damage_and_goes_into_a_page(
     assert kls[0] < 1e-6
     assert kls == sorted(kls)
     assert "3 methods at 4 bits" in written
+    assert "normal numbers: 3" in written
     assert written.startswith("before")
     assert written.endswith("after\n")
     assert capsys.readouterr().out.count("| `") == 3
