@@ -29,6 +29,7 @@ _BUILTIN = {
     "smoothquant": "pytest_qlab.methods.smoothquant:SmoothQuant",
     "gptq": "pytest_qlab.methods.gptq:Gptq",
     "quip": "pytest_qlab.methods.quip:Quip",
+    "ldlq": "pytest_qlab.methods.ldlq:Ldlq",
     "spqr": "pytest_qlab.methods.spqr:Spqr",
     "awq": "pytest_qlab.methods.awq:Awq",
     "squeezellm": "pytest_qlab.methods.squeezellm:SqueezeLlm",

@@ -78,3 +78,7 @@ def test_no_built_in_method_is_left_out() -> None:
     }
     finished = {"gguf", "gguf_file", "llamacpp"}  # Whole models, by the code of others or a mix.
     assert set(method_names()) - covered == finished
+
+
+class TestLdlq(MethodConformance):
+    specs: ClassVar = ("ldlq", "ldlq:nf4:desc_act=false", "ldlq:table3", "ldlq:mxfp4", "ldlq:fp8")
