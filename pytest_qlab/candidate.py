@@ -5,51 +5,35 @@ Every measure is computed once, kept in the store, and shared by all workers and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.checkpoint import Checkpoint, instantiate
-from pytest_qlab.decision import Look
-from pytest_qlab.directions import END_TO_END, split_domain
-from pytest_qlab.errors import MethodError, MetricError, did_you_mean
+from pytest_qlab.errors import MethodError
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.gate.deferred import DeferredKl, deferred
-from pytest_qlab.measuring.attribution import CODE_VERSION as ATTRIBUTION_VERSION
-from pytest_qlab.measuring.attribution import Attribution, Layer, affordable, attribute
+from pytest_qlab.gate.deferred import DeferredKl
+from pytest_qlab.measuring.attribution import Attribution, Layer
+from pytest_qlab.measuring.bylayer import ByLayer, WeightMeasures
+from pytest_qlab.measuring.damage import Damage
 from pytest_qlab.measuring.endtoend import Throughput, measure_serving, measure_throughput
 from pytest_qlab.measuring.latency import Latency
-from pytest_qlab.measuring.layers import LayerError, LayerErrors, measure_layers
+from pytest_qlab.measuring.layers import LayerError
 from pytest_qlab.measuring.loadtimes import Loading, measure_loading
 from pytest_qlab.measuring.memory import Memory
-from pytest_qlab.measuring.runnable import (
-    KernelUse,
-    Runnable,
-    kernel_use,
-    known_kernel_use,
-    runnable,
-)
+from pytest_qlab.measuring.named import defined, named_measure
+from pytest_qlab.measuring.row import row_of
+from pytest_qlab.measuring.runnable import KernelUse, Runnable, kernel_use, runnable
 from pytest_qlab.measuring.stored import StoredEvaluation
 from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
 from pytest_qlab.metrics.serving import Limits, Load, Serving
-from pytest_qlab.results import CandidateResult, LayerRow, Measure
-from pytest_qlab.store import content_hash
+from pytest_qlab.results import CandidateResult
 
 if TYPE_CHECKING:
     from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
     from pytest_qlab.specs import MethodSpec
-
-LAYERS_VERSION = 1
-
-
-class WeightMeasures:
-    """`snr_db` and `cosine` of all quantized weights, against the original ones."""
-
-    def __init__(self, estimates: Mapping[str, Estimate]) -> None:
-        self.snr_db = estimates["weights.snr_db"]
-        self.cosine = estimates["weights.cosine"]
 
 
 class Candidate:
@@ -60,7 +44,6 @@ class Candidate:
         self.spec = spec
         self.method = spec.method
         self._measured: dict[str, Estimate] = {}
-        self._fidelities: dict[int, Fidelity] = {}
 
     def __repr__(self) -> str:
         return f"<Candidate {self.id}>"
@@ -159,87 +142,68 @@ class Candidate:
     # --- damage ----------------------------------------------------------------------------
 
     @cached_property
-    def fidelity(self) -> Fidelity:
-        """All measures of how far the candidate's predictions are from the base model's.
-
-        They are of all windows, and computed now.
-        """
-        return self._fidelity_upto(len(self.lab.looks) - 1)
-
-    @cached_property
     def evaluation(self) -> StoredEvaluation:
         """The comparisons with the base model, by look."""
         _ = self.checkpoint  # which notes the sizes
         return StoredEvaluation(self)
 
-    def _fidelity_upto(self, look: int) -> Fidelity:
-        """`fidelity` on the windows of a look and all before it."""
-        if look not in self._fidelities:
-            found = self.evaluation.upto(look)
-            if look > max(self._fidelities, default=-1):  # The table shows the most that is known.
-                # The base model's perplexity is the same for all; its own row has it.
-                known = found.estimates()
-                self.note({k: e for k, e in known.items() if not k.startswith("base_perplexity")})
-            self._fidelities[look] = found
-        return self._fidelities[look]
+    @cached_property
+    def _damage(self) -> Damage:
+        return Damage(self)
 
-    def _deferred(self, metric: str, measure: Callable[[Fidelity], Estimate]) -> Estimate:
-        """A measure of damage, which is computed when it is looked at."""
+    @property
+    def fidelity(self) -> Fidelity:
+        """All measures of how far the candidate's predictions are from the base model's.
 
-        def at(place: int) -> Callable[[], Estimate]:
-            return lambda: measure(self._fidelity_upto(place))
-
-        def looks() -> list[Look]:
-            counts = self.evaluation.windows()
-            return [Look(windows, at(place)) for place, windows in enumerate(counts)]
-
-        return deferred(metric, self.id, looks, lambda: self.lab.evaluation.requested_convention)
+        They are of all windows, and computed now.
+        """
+        return self._damage.upto(len(self.lab.looks) - 1)
 
     @property
     def perplexity(self) -> Estimate:
         """exp of the mean negative log-likelihood per scored token."""
-        return self._deferred("perplexity", lambda found: found.perplexity)
+        return self._damage.measure("perplexity")
 
     @property
     def perplexity_delta(self) -> Estimate:
         """Perplexity minus the base model's, paired."""
-        return self._deferred("perplexity_delta", lambda found: found.perplexity_delta)
+        return self._damage.measure("perplexity_delta")
 
     @property
     def perplexity_ratio(self) -> Estimate:
         """Perplexity over the base model's, paired."""
-        return self._deferred("perplexity_ratio", lambda found: found.perplexity_ratio)
+        return self._damage.measure("perplexity_ratio")
 
     @property
     def log_perplexity_delta(self) -> Estimate:
         """ln of `perplexity_ratio`, nats per token."""
-        return self._deferred("log_perplexity_delta", lambda found: found.log_perplexity_delta)
+        return self._damage.measure("log_perplexity_delta")
 
     @property
     def kl(self) -> KlEstimates:
         """KL(base || candidate) per token, nats: `mean`, `median`, `p99`, `max`, and `tail`."""
         return DeferredKl(
-            mean=self._deferred("kl.mean", lambda found: found.kl.mean),
-            median=self._deferred("kl.median", lambda found: found.kl.median),
-            p99=self._deferred("kl.p99", lambda found: found.kl.p99),
-            max=self._deferred("kl.max", lambda found: found.kl.max),
-            tail=self._deferred("kl.tail", lambda found: found.kl.tail),
+            mean=self._damage.measure("kl.mean"),
+            median=self._damage.measure("kl.median"),
+            p99=self._damage.measure("kl.p99"),
+            max=self._damage.measure("kl.max"),
+            tail=self._damage.measure("kl.tail"),
         )
 
     @property
     def top1_agreement(self) -> Estimate:
         """Share of tokens for which both models find the same token most likely."""
-        return self._deferred("top1_agreement", lambda found: found.top1_agreement)
+        return self._damage.measure("top1_agreement")
 
     @property
     def snr_db(self) -> Estimate:
         """Signal-to-noise ratio of the final hidden states, dB."""
-        return self._deferred("snr_db", lambda found: found.hidden_snr_db)
+        return self._damage.measure("snr_db")
 
     @property
     def cosine(self) -> Estimate:
         """Mean cosine between the final hidden states."""
-        return self._deferred("cosine", lambda found: found.hidden_cosine)
+        return self._damage.measure("cosine")
 
     def domain(self, name: str) -> Fidelity:
         """The measures of damage on one domain of the evaluation text, such as `code`."""
@@ -247,103 +211,62 @@ class Candidate:
 
     # --- layers ----------------------------------------------------------------------------
 
-    def _layer_parts(self) -> dict[str, Any]:
-        return {
-            "quantized": self.lab.quantized_identity(self.method),
-            "calibration": self.lab.calibration_input.identity,
-            "code": LAYERS_VERSION,
-        }
-
     @cached_property
-    def _layer_errors(self) -> LayerErrors:
-        checkpoint = self.checkpoint
-        stored = self.lab.store.json(
-            "layers",
-            self._layer_parts(),
-            lambda: measure_layers(self.lab, checkpoint).to_dict(),
-        )
-        found = LayerErrors.from_dict(stored)
-        self.note(found.total.estimates(self.id))
-        return found
+    def _by_layer(self) -> ByLayer:
+        return ByLayer(self)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Every quantized layer with its bits, its weights' SNR, its output error and its `kl`."""
-        return tuple(
-            Layer(**vars(each), _attribution=lambda: self.attribution)
-            for each in self._layer_errors.layers
-        )
+        return self._by_layer.layers
 
-    def _attribution_parts(self) -> dict[str, Any]:
-        return {
-            "reference": self.lab.reference.identity(),
-            "quantized": self.lab.quantized_identity(self.method),
-            "code": ATTRIBUTION_VERSION,
-        }
-
-    @cached_property
+    @property
     def attribution(self) -> Attribution:
         """The error budget: the KL that each quantized layer causes alone, and all together."""
-        checkpoint = self.checkpoint
-        stored = self.lab.store.json(
-            "attribution",
-            self._attribution_parts(),
-            lambda: attribute(self.lab, checkpoint).to_dict(),
-        )
-        return Attribution.from_dict(stored)
+        return self._by_layer.attribution
 
     def affordable_attribution(self) -> Attribution | None:
         """`attribution` if it is known, or costs no more than an evaluation does; for messages."""
-        known = "attribution" in self.__dict__ or self.lab.store.has(
-            "attribution", self._attribution_parts()
-        )
-        return self.attribution if known or affordable(self.lab, self.checkpoint) else None
+        return self._by_layer.affordable_attribution()
 
     def worst_layers(self, count: int = 3) -> list[LayerError]:
         """The layers with the largest output error, if layers were measured before; else none.
 
         For messages: it computes nothing.
         """
-        errors: LayerErrors | None = self.__dict__.get("_layer_errors")
-        if errors is None:
-            stored = self.lab.store.peek("layers", self._layer_parts())
-            if stored is None:
-                return []
-            errors = LayerErrors.from_dict(stored)
-        reached = [layer for layer in errors.layers if layer.output_error]
-        return sorted(reached, key=lambda layer: layer.output_error or 0.0, reverse=True)[:count]
+        return self._by_layer.worst(count)
 
     @property
     def weights(self) -> WeightMeasures:
         """`weights.snr_db` and `weights.cosine`, over all quantized weights."""
-        return WeightMeasures(self._layer_errors.total.estimates(self.id))
+        return WeightMeasures(self._by_layer.estimates())
 
     @property
     def layer_error(self) -> Estimate:
         """Squared error of all layers' outputs on calibration inputs, relative to the outputs."""
-        return self._from(self._layer_errors.total.estimates(self.id), "layer_error")
+        return defined(self._by_layer.estimates(), "layer_error", self.id)
 
     # --- size, memory, speed ---------------------------------------------------------------
 
     @property
     def size(self) -> Estimate:
         """Bytes of everything that has to be stored."""
-        return self._from(self.checkpoint.size.estimates(self.id), "size")
+        return defined(self.checkpoint.size.estimates(self.id), "size", self.id)
 
     @property
     def compression_ratio(self) -> Estimate:
         """Bytes of the base model's checkpoint over `size`."""
-        return self._from(self.checkpoint.size.estimates(self.id), "compression_ratio")
+        return defined(self.checkpoint.size.estimates(self.id), "compression_ratio", self.id)
 
     @property
     def bits_per_weight(self) -> Estimate:
         """Stored bits for each weight of the quantized linear layers."""
-        return self._from(self.checkpoint.size.estimates(self.id), "bits_per_weight")
+        return defined(self.checkpoint.size.estimates(self.id), "bits_per_weight", self.id)
 
     @property
     def model_bits_per_weight(self) -> Estimate:
         """Stored bits for each parameter of the whole model."""
-        return self._from(self.checkpoint.size.estimates(self.id), "model_bits_per_weight")
+        return defined(self.checkpoint.size.estimates(self.id), "model_bits_per_weight", self.id)
 
     @cached_property
     def memory(self) -> Memory:
@@ -416,22 +339,12 @@ class Candidate:
         self.note(found.estimates)
         return found
 
-    def _end_to_end(self, metric: str) -> Estimate:
-        """A measure of speed end to end by its name, such as `serving.ttft.p50[4]`."""
-        base, name = split_domain(metric)
-        if base.startswith("serving."):
-            load = Load.named(name)
-            return self.serving(load.concurrency, rate=load.rate)[metric]
-        if base.startswith("throughput."):
-            return self._from(self.throughput.estimates, metric)
-        return self.load.cold if base == "load.cold" else self._from(self.load.estimates, metric)
-
     # --- for the table ---------------------------------------------------------------------
 
     @property
     def evaluated(self) -> bool:
         """Whether the measures of damage are known on all windows; computes nothing."""
-        return bool(self._fidelities) and max(self._fidelities) == len(self.lab.looks) - 1
+        return self._damage.complete
 
     @property
     def measured(self) -> Mapping[str, Estimate]:
@@ -442,87 +355,10 @@ class Candidate:
         """Show these in the table from now on."""
         self._measured.update(estimates)
 
-    def _from(self, estimates: Mapping[str, Estimate], metric: str) -> Estimate:
-        if metric not in estimates:
-            raise MetricError(
-                f"{metric} of {self.id} is not defined for this model."
-                f"{did_you_mean(metric, estimates)}"
-            )
-        return estimates[metric]
-
     def __getitem__(self, metric: str) -> Estimate:
         """A measure by its dotted name, such as `kl.mean` or `perplexity_delta[code]`."""
-        if metric not in self._measured and metric.startswith("memory."):
-            return self.memory.named(metric)
-        if metric.startswith("latency."):
-            return self.latency.named(metric)
-        if metric not in self._measured and metric.startswith(END_TO_END):
-            return self._end_to_end(metric)
-        if metric == "layer_error" or metric.startswith("weights."):
-            return self._from(self._layer_errors.total.estimates(self.id), metric)
-        if metric in _DEFERRED:
-            return _DEFERRED[metric](self)
-        if split_domain(metric)[1] and not metric.startswith(END_TO_END):
-            # Of all windows, however few an assertion has drawn so far.
-            return self._from(self.fidelity.estimates(), metric)
-        _ = self.checkpoint  # which notes the sizes
-        if metric not in self._measured:
-            found = {
-                **self._measured,
-                **self.fidelity.estimates(),
-                **self._layer_errors.total.estimates(self.id),
-            }
-            return self._from(found, metric)
-        return self._measured[metric]
+        return named_measure(self, metric, damage=self._damage, layers=self._by_layer)
 
     def fragment(self) -> CandidateResult:
         """Everything measured so far, for the results document; computes nothing."""
-        measures = {
-            name: Measure(**each.to_dict()) for name, each in sorted(self._measured.items())
-        }
-        result = CandidateResult(
-            id=self.id,
-            method=self.method.name,
-            options=self.method.model_dump(mode="json"),
-            measures=measures,
-        )
-        checkpoint: Checkpoint | None = self.__dict__.get("checkpoint")
-        if checkpoint is not None:
-            kernels = known_kernel_use(self)
-            result.kernel = str(kernels or checkpoint.kernel)
-            result.simulated = (kernels or checkpoint).simulated
-            result.seconds["quantize"] = checkpoint.seconds
-            result.keys["quantized"] = checkpoint.directory.name
-        errors: LayerErrors | None = self.__dict__.get("_layer_errors")
-        attribution: Attribution | None = self.__dict__.get("attribution")
-        if errors is not None:
-            result.layers = [LayerRow(**vars(layer)) for layer in errors.layers]
-        elif attribution is not None and checkpoint is not None:
-            result.layers = [
-                LayerRow(name=each.name, shape=each.shape, bits_per_weight=each.bits_per_weight)
-                for each in checkpoint.size.layers
-            ]
-        if attribution is not None:
-            for row in result.layers:
-                row.kl = attribution.layers[row.name]
-            result.additivity = attribution.summary()
-        if self._fidelities:
-            result.keys["reference"] = content_hash(self.lab.reference.identity())
-        return result
-
-
-# By name as by attribute: what is not of a single domain draws windows as they are needed.
-_DEFERRED: dict[str, Callable[[Candidate], Estimate]] = {
-    "perplexity": lambda candidate: candidate.perplexity,
-    "perplexity_delta": lambda candidate: candidate.perplexity_delta,
-    "perplexity_ratio": lambda candidate: candidate.perplexity_ratio,
-    "log_perplexity_delta": lambda candidate: candidate.log_perplexity_delta,
-    "kl.mean": lambda candidate: candidate.kl.mean,
-    "kl.median": lambda candidate: candidate.kl.median,
-    "kl.p99": lambda candidate: candidate.kl.p99,
-    "kl.max": lambda candidate: candidate.kl.max,
-    "kl.tail": lambda candidate: candidate.kl.tail,
-    "top1_agreement": lambda candidate: candidate.top1_agreement,
-    "snr_db": lambda candidate: candidate.snr_db,
-    "cosine": lambda candidate: candidate.cosine,
-}
+        return row_of(self, damage=self._damage, layers=self._by_layer)

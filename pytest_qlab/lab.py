@@ -21,16 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_qlab.calibration.gradients import StoredGradients, WithGradients, write_gradients
-from pytest_qlab.calibration.sources import (
-    StatisticsSource,
-    StoredStatistics,
-    write_statistics,
-    write_statistics_streamed,
-)
+from pytest_qlab.building import build_checkpoint
 from pytest_qlab.candidate import Candidate
-from pytest_qlab.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from pytest_qlab.errors import MethodError, SpecError
+from pytest_qlab.checkpoint import Checkpoint, open_checkpoint
+from pytest_qlab.errors import SpecError
 from pytest_qlab.inputs import (
     CalibrationInput,
     CalibrationSet,
@@ -44,15 +38,16 @@ from pytest_qlab.measuring.floor import NoiseFloor, measure_floor
 from pytest_qlab.measuring.reference import Reference
 from pytest_qlab.measuring.runnable import speed_base
 from pytest_qlab.methods.base import Method
-from pytest_qlab.methods.pipeline import quantize_model
 from pytest_qlab.models.load import device_kind
-from pytest_qlab.models.structure import all_linears
+from pytest_qlab.original import OriginalModel
 from pytest_qlab.parallel import one_thread_per_operation
 from pytest_qlab.specs import MethodSpec, parse_specs
 from pytest_qlab.store import Store, content_hash, default_store
-from pytest_qlab.streaming import Streaming, build_streamed
+from pytest_qlab.streaming import Streaming
 
 if TYPE_CHECKING:
+    from pytest_qlab.calibration.gradients import StoredGradients
+    from pytest_qlab.calibration.sources import StoredStatistics
     from pytest_qlab.data.text import Document
     from pytest_qlab.data.windows import Window, WindowSet
     from pytest_qlab.metrics.latency import PairedLatency
@@ -60,9 +55,6 @@ if TYPE_CHECKING:
     from pytest_qlab.settings import Settings
 
 QUANTIZED_VERSION = 4
-STATISTICS_VERSION = 3
-GRADIENTS_VERSION = 1
-LARGE_GRAM_BYTES = 2**30
 
 
 class Lab:
@@ -133,6 +125,7 @@ class Lab:
             on_wait=self.progress,
         )
         self.reference = Reference(self)
+        self._original = OriginalModel(self, self._streaming)
 
     @classmethod
     def from_settings(
@@ -297,29 +290,7 @@ class Lab:
         One pass serves every method: Gram matrices are collected even if they are not wanted yet,
         unless they are large.
         """
-        parts = {
-            **self.base_identity(),
-            "calibration": self.calibration_input.identity,
-            "code": STATISTICS_VERSION,
-        }
-        if not gram:
-            known = [each for each in (True, False) if self._has_statistics(parts, gram=each)]
-            gram = known[0] if known else self._gram_bytes() <= LARGE_GRAM_BYTES
-        parts["gram"] = gram
-        lazy = self._streaming.lazy()
-
-        def build(directory: Path) -> None:
-            options: Any = {"gram": gram, "threads": self.threads, "progress": self.progress}
-            sequences = self.calibration.sequences
-            if lazy is not None:
-                forwards = write_statistics_streamed(directory, lazy, sequences, **options)
-            else:
-                forwards = write_statistics(directory, self.base_model, sequences, **options)
-            self.count_forwards(forwards)
-
-        return self.store.get(
-            "statistics", parts, build, StoredStatistics, resumable=lazy is not None
-        )
+        return self._original.statistics(gram=gram)
 
     def gradients(self) -> StoredGradients:
         """Squared gradients of the base model's loss on the calibration text; computed once.
@@ -327,48 +298,7 @@ class Lab:
         Raises:
             MethodError: they are not in the store yet, and the model is read block by block.
         """
-        parts = {
-            **self.base_identity(),
-            "calibration": self.calibration_input.identity,
-            "code": GRADIENTS_VERSION,
-        }
-
-        def build(directory: Path) -> None:
-            if self._streaming.lazy() is not None:
-                raise MethodError(
-                    "Gradients of the loss take the whole model in memory at once, and this one is "
-                    "read block by block. Give --qlab-stream=never on a machine with room for four "
-                    "times the model; what is computed there is kept in the store, and "
-                    "can be used from it anywhere. Or choose a method that needs no gradients, "
-                    "such as gptq."
-                )
-            sequences = self.calibration.sequences
-            forwards = write_gradients(
-                directory,
-                self.base_model,
-                sequences,
-                threads=self.threads,
-                progress=self.progress,
-            )
-            self.count_forwards(forwards)
-
-        return self.store.get("gradients", parts, build, StoredGradients)
-
-    def _statistics_for(self, method: Method) -> StatisticsSource | None:
-        """What a method is given of the original model."""
-        wanted = method.original_statistics
-        if "fisher" in method.wanted_statistics:
-            # First the gradients, which may not be had.
-            gradients = self.gradients()
-            return WithGradients(self.statistics(gram="gram" in wanted), gradients)
-        return self.statistics(gram="gram" in wanted) if wanted else None
-
-    def _has_statistics(self, parts: dict[str, Any], *, gram: bool) -> bool:
-        return self.store.has("statistics", {**parts, "gram": gram})
-
-    def _gram_bytes(self) -> int:
-        """At most what the Gram matrices of all layers take."""
-        return sum(4 * site.in_features**2 for site in all_linears(self.described.model))
+        return self._original.gradients()
 
     def quantized_identity(self, method: Method) -> dict[str, Any]:
         """What determines a quantized model's bits, as plain JSON types."""
@@ -379,38 +309,11 @@ class Lab:
 
     def checkpoint(self, method: Method) -> Checkpoint:
         """The model quantized by `method`, built if no process has built it before."""
-
         lazy = self._streaming.lazy_for(method)
 
         def build(directory: Path) -> None:
-            statistics = self._statistics_for(method)
-            if lazy is not None:
-                sequences = () if method.stream == "none" else self.calibration.sequences
-                build_streamed(
-                    directory,
-                    lazy,
-                    method,
-                    sequences,
-                    statistics,
-                    threads=self.threads,
-                    progress=self.progress,
-                )
-                self.count_forwards(open_checkpoint(directory).index["forwards"])
-                return
-            finished = method.import_model(self.loaded, directory, self.progress, statistics)
-            if finished is not None:
-                save_checkpoint(directory, finished, self.loaded)
-                return
-            quantized = quantize_model(
-                self.base_model,
-                method,
-                () if method.stream == "none" else self.calibration.sequences,
-                statistics,
-                threads=self.threads,
-                progress=self.progress,
-            )
-            self.count_forwards(quantized.forwards)
-            save_checkpoint(directory, quantized, self.loaded)
+            statistics = self._original.told_to(method)
+            build_checkpoint(directory, self, method, statistics, lazy)
 
         return self.store.get(
             "quantized",

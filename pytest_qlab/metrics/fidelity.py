@@ -19,23 +19,12 @@ from torch import Tensor
 
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
+from pytest_qlab.metrics.spreads import MEANS, Spreads
 from pytest_qlab.metrics.tokens import TAIL_NATS, TokenArrays
-from pytest_qlab.stats.bootstrap import BootstrapQuantile, clustered_quantiles
-from pytest_qlab.stats.paired import (
-    Spread,
-    cluster_index,
-    log_ratio,
-    mean_influence,
-    spread,
-    token_mean,
-)
-from pytest_qlab.stats.rates import rate_interval
+from pytest_qlab.stats.paired import Spread, log_ratio, mean_influence, spread
 
 SNR_CAP_DB = 200.0
 """What the SNR of an exact copy is reported as; no SNR is more, nor less than its negative."""
-
-# Design effects of rates below it are those of a few documents that happen to agree.
-_LEAST_EFFECT = 0.01
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class Fidelity:
         self.name, self.seed, self.domain_name = name, seed, domain
         self._floor = floor
         self._domains = tuple(domains)
-        self._clusters = cluster_index(tokens.windows["document"])
+        self._spreads = Spreads(tokens, seed=seed)
 
     @property
     def windows(self) -> NDArray[np.void]:
@@ -122,54 +111,54 @@ class Fidelity:
     @cached_property
     def perplexity(self) -> Estimate:
         """exp of the candidate's mean negative log-likelihood; the interval is not paired."""
-        return self._exponential("perplexity", self._spreads["nll"])
+        return self._exponential("perplexity", self._spreads.means["nll"])
 
     @cached_property
     def base_perplexity(self) -> Estimate:
         """exp of the baseline's mean negative log-likelihood; the interval is not paired."""
-        return self._exponential("base_perplexity", self._spreads["base_nll"])
+        return self._exponential("base_perplexity", self._spreads.means["base_nll"])
 
     @cached_property
     def log_perplexity_delta(self) -> Estimate:
         """ln(candidate's perplexity / baseline's), nats: the paired mean of the token losses."""
-        return self._estimate("log_perplexity_delta", self._spreads["delta"], unit="nats")
+        return self._estimate("log_perplexity_delta", self._spreads.means["delta"], unit="nats")
 
     @cached_property
     def perplexity_ratio(self) -> Estimate:
         """Candidate's perplexity / baseline's, paired."""
-        found = self._spreads["delta"]
+        found = self._spreads.means["delta"]
         return self._exponential("perplexity_ratio", found)
 
     @cached_property
     def perplexity_delta(self) -> Estimate:
         """Candidate's perplexity - baseline's; the paired interval by the delta method."""
-        base = self._exp(self._spreads["base_nll"].value)
-        ours = self._exp(self._spreads["nll"].value)
+        base = self._exp(self._spreads.means["base_nll"].value)
+        ours = self._exp(self._spreads.means["nll"].value)
         rows = self.windows
         influence = ours * mean_influence(rows["candidate_nll"], rows["tokens"])
         influence -= base * mean_influence(rows["base_nll"], rows["tokens"])
-        value = base * math.expm1(self._spreads["delta"].value)
-        return self._estimate("perplexity_delta", spread(value, influence, self._clusters))
+        value = base * math.expm1(self._spreads.means["delta"].value)
+        return self._estimate("perplexity_delta", spread(value, influence, self._spreads.clusters))
 
     @cached_property
     def kl_mean(self) -> Estimate:
         """`kl.mean` by itself, for which no quantile is resampled."""
-        mean = self._spreads["kl"]
+        mean = self._spreads.means["kl"]
         lower = None if mean.lower is None else max(0.0, mean.lower)
         return self._make("kl.mean", mean.value, lower, mean.upper, unit="nats", found=mean)
 
     @cached_property
     def kl(self) -> KlEstimates:
         """KL(base || candidate) per token."""
-        median, p99 = self._kl_quantiles
+        median, p99 = self._spreads.kl_quantiles
         tail = int(self.windows["kl_tail"].sum())
-        above = f"{tail:,} of {self._n:,} tokens above {TAIL_NATS:g} nat"
+        above = f"{tail:,} of {self._spreads.n:,} tokens above {TAIL_NATS:g} nat"
         return KlEstimates(
             self.kl_mean,
             self._make("kl.median", median.value, median.lower, median.upper, unit="nats"),
             self._make("kl.p99", p99.value, p99.lower, p99.upper, unit="nats"),
             self._make("kl.max", float(self.tokens.kl.max()), unit="nats", extra=above),
-            self._rate("kl.tail", self._spreads["tail"], above, exact=self.tokens.identical),
+            self._rate("kl.tail", "tail", above),
         )
 
     @cached_property
@@ -179,12 +168,7 @@ class Fidelity:
         An exact copy agrees by construction, and its interval has no width.
         """
         agreeing = int(self.windows["agree"].sum())
-        return self._rate(
-            "top1_agreement",
-            self._spreads["agree"],
-            f"{agreeing:,} tokens agree",
-            exact=self.tokens.identical,
-        )
+        return self._rate("top1_agreement", "agree", f"{agreeing:,} tokens agree")
 
     @cached_property
     def hidden_snr_db(self) -> Estimate:
@@ -198,7 +182,7 @@ class Fidelity:
         if error.sum() == 0 or signal.sum() == 0:
             limit = SNR_CAP_DB if error.sum() == 0 else -SNR_CAP_DB
             return self._make("snr_db", limit, limit, limit, unit="dB")
-        found = log_ratio(signal, error, self._clusters)
+        found = log_ratio(signal, error, self._spreads.clusters)
         lower = None if found.lower is None else _decibels(found.lower)
         upper = None if found.upper is None else _decibels(found.upper)
         # In decibels too, so that the error is that of the value.
@@ -209,7 +193,7 @@ class Fidelity:
     def hidden_cosine(self) -> Estimate:
         """Mean over tokens of the cosine between final hidden states."""
         self._need_hidden("cosine")
-        found = self._spreads["cosine"]
+        found = self._spreads.means["cosine"]
         upper = None if found.upper is None else min(1.0, found.upper)
         return self._make("cosine", found.value, found.lower, upper, found=found)
 
@@ -286,15 +270,15 @@ class Fidelity:
         Raises:
             MetricError: the metric is not a mean over tokens.
         """
-        name = _MEANS.get(metric)
+        name = MEANS.get(metric)
         if name is None:
             raise MetricError(
                 f"There is no design effect of {metric!r}: it is defined for means over tokens."
-                f"{did_you_mean(metric, _MEANS)}"
+                f"{did_you_mean(metric, MEANS)}"
             )
         if name == "cosine":
             self._need_hidden(metric)
-        return self._spreads[name].design_effect
+        return self._spreads.means[name].design_effect
 
     # --- parts -----------------------------------------------------------------------------
 
@@ -307,47 +291,13 @@ class Fidelity:
         return {} if self.tokens.identical else self._floor()
 
     @cached_property
-    def _spreads(self) -> dict[str, Spread]:
-        rows = self.windows
-        columns = {
-            "nll": ("candidate_nll", "candidate_nll_squared"),
-            "base_nll": ("base_nll", "base_nll_squared"),
-            "delta": ("delta", "delta_squared"),
-            "kl": ("kl", "kl_squared"),
-            # 0 and 1 are their own squares.
-            "tail": ("kl_tail", "kl_tail"),
-            "agree": ("agree", "agree"),
-        }
-        if self.tokens.has_hidden:
-            columns["cosine"] = ("hidden_cosine", "hidden_cosine_squared")
-        return {
-            name: token_mean(rows[sums], rows["tokens"], self._clusters, squares=rows[squares])
-            for name, (sums, squares) in columns.items()
-        }
-
-    @cached_property
-    def _kl_quantiles(self) -> list[BootstrapQuantile]:
-        """Median and 99th percentile."""
-        kl, clusters = self.tokens.kl, self._token_clusters
-        return clustered_quantiles(kl, clusters, (0.5, 0.99), seed=self.seed)
-
-    @cached_property
-    def _n(self) -> int:
-        return int(self.windows["tokens"].sum())
-
-    @cached_property
-    def _token_clusters(self) -> NDArray[np.int64]:
-        of_window = np.zeros(len(self.tokens.document), dtype=np.int64)
-        of_window[self.windows["window"]] = self._clusters
-        return of_window[self.tokens.window]
-
-    @cached_property
     def _detail(self) -> str:
-        base, ours = self._spreads["base_nll"].value, self._spreads["nll"].value
+        base, ours = self._spreads.means["base_nll"].value, self._spreads.means["nll"].value
         where = " ".join(part for part in (self.domain_name, self.name) if part)
         return (
             f"perplexity {self._exp(base):.4g} -> {self._exp(ours):.4g} on "
-            f"{where or 'the evaluation set'} ({len(self.windows):,} windows, {self._n:,} tokens)"
+            f"{where or 'the evaluation set'} ({len(self.windows):,} windows, "
+            f"{self._spreads.n:,} tokens)"
         )
 
     def _exponential(self, metric: str, found: Spread) -> Estimate:
@@ -384,8 +334,8 @@ class Fidelity:
             lower = upper = value  # An exact copy has none on other text either.
         details: dict[str, Any] = {
             "candidate": self.candidate,
-            "n": self._n,
-            "clusters": int(self._clusters.max()) + 1,
+            "n": self._spreads.n,
+            "clusters": int(self._spreads.clusters.max()) + 1,
             "convention": self.convention,
             "detail": f"{self._detail}; {extra}" if extra else self._detail,
             "standard_error": None if found is None else found.standard_error,
@@ -397,28 +347,12 @@ class Fidelity:
             value, metric=f"{metric}{suffix}", lower=lower, upper=upper, unit=unit, **details
         )
 
-    def _rate(self, metric: str, found: Spread, extra: str, *, exact: bool) -> Estimate:
-        """A share of the tokens, with the interval of Korn and Graubard.
-
-        Where documents do not differ, as where no token is of the kind, there is no design effect
-        to see; that of the tokens with the most divergence stands in for it.
-        """
-        seen = found.design_effect
-        if found.standard_error == 0 or (seen is not None and seen < _LEAST_EFFECT):
-            found = replace(found, design_effect=max(1.0, self._worst_effect or 1.0))
-        lower, upper = rate_interval(found.value, self._n, found.clusters, found.design_effect)
-        if exact:
+    def _rate(self, metric: str, name: str, extra: str) -> Estimate:
+        found = self._spreads.rate(name)
+        lower, upper = found.lower, found.upper
+        if self.tokens.identical:
             lower = upper = found.value
         return self._make(metric, found.value, lower, upper, extra=extra, found=found)
-
-    @cached_property
-    def _worst_effect(self) -> float | None:
-        """Design effect of the share of tokens that are beyond the 99th percentile of KL."""
-        rows = self.windows
-        worst = self.tokens.kl > float(self._kl_quantiles[1].value)
-        sums = np.bincount(self.tokens.window, weights=worst, minlength=len(self.tokens.document))
-        sums = sums[rows["window"]]
-        return token_mean(sums, rows["tokens"], self._clusters, squares=sums).design_effect
 
     def _need_hidden(self, metric: str) -> None:
         if not self.tokens.has_hidden:
@@ -438,16 +372,6 @@ _DIFFERENCES = frozenset(
         "kl.p99",
     }
 )
-_MEANS = {
-    "perplexity": "nll",
-    "base_perplexity": "base_nll",
-    "log_perplexity_delta": "delta",
-    "perplexity_ratio": "delta",
-    "kl.mean": "kl",
-    "kl.tail": "tail",
-    "top1_agreement": "agree",
-    "cosine": "cosine",
-}
 
 
 def _scaled(error: float | None, factor: float) -> float | None:

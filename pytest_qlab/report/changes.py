@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from pytest_qlab.report.columns import Column, column_named
+from pytest_qlab.report.column import Column
+from pytest_qlab.report.columns import column_named
 from pytest_qlab.report.html_budgets import sort_key
 from pytest_qlab.report.table import Table
 from pytest_qlab.results import CandidateResult, Change, Results

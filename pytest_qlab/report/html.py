@@ -6,7 +6,8 @@ import math
 from html import escape
 
 from pytest_qlab.report.changes import render_changes
-from pytest_qlab.report.columns import TIMES, Column, is_baseline
+from pytest_qlab.report.column import TIMES, Column
+from pytest_qlab.report.columns import is_baseline
 from pytest_qlab.report.describe import additivity, noise_floor, outcome, subject
 from pytest_qlab.report.html_budgets import (
     OPERATORS,

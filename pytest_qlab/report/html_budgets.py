@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 
-from pytest_qlab.report.columns import Column, column_named
+from pytest_qlab.report.column import Column
+from pytest_qlab.report.columns import column_named
 from pytest_qlab.report.table import (
     UNDECIDED,
     Table,

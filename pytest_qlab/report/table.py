@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pytest_qlab.report.columns import Column, columns_of, is_baseline, measure_of
+from pytest_qlab.report.column import Column
+from pytest_qlab.report.columns import columns_of, is_baseline, measure_of
 from pytest_qlab.results import Budget, CandidateResult, Measure, Results
 
 ABSENT = "\N{EN DASH}"

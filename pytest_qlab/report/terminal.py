@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pytest_qlab.report.changes import told_changes
-from pytest_qlab.report.columns import TIMES, Column
+from pytest_qlab.report.column import TIMES, Column
 from pytest_qlab.report.describe import noise_floor, subject, work
 from pytest_qlab.report.table import ABSENT, Row, Table, budget_text, build_table, verdict_text
 from pytest_qlab.results import Results

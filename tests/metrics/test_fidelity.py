@@ -8,43 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pytest_qlab.errors import MetricError
-from pytest_qlab.metrics.divergence import HiddenComparison, TokenComparison
 from pytest_qlab.metrics.fidelity import Fidelity
 from pytest_qlab.metrics.tokens import TokenArrays
 from pytest_qlab.stats.distributions import t_quantile
+from tests.metrics.synthetic import synthetic
 
 DOMAINS = ("prose", "code", "chat", "prose", "code", "chat")
-
-
-def synthetic(
-    seed: int = 0, *, documents: int = 6, windows: int = 3, tokens: int = 20, noise: float = 0.2
-) -> TokenArrays:
-    """Windows of unequal length in documents whose difficulty and damage vary."""
-    generator = np.random.default_rng(seed)
-    document = np.repeat(np.arange(documents, dtype=np.int32), windows)
-    lengths = generator.integers(tokens // 2, tokens + 1, document.size)
-    window = np.repeat(np.arange(document.size, dtype=np.int32), lengths)
-    n = window.size
-    damage = generator.gamma(2, 0.5, documents)[document[window]]
-    base = generator.gamma(2, 1, n).astype(np.float32)
-    delta = noise * damage * generator.normal(0.3, 1, n)
-    return TokenArrays(
-        base_nll=base,
-        candidate_nll=np.abs(base + delta).astype(np.float32),
-        kl=(noise**2 * damage * generator.gamma(0.5, 1, n)).astype(np.float32),
-        agree=generator.uniform(size=n) > 0.1 * damage,
-        window=window,
-        document=document,
-        hidden_signal=generator.gamma(4, 1, n).astype(np.float32),
-        hidden_error=(0.01 * damage * generator.gamma(4, 1, n)).astype(np.float32),
-        hidden_cosine=(1 - 0.01 * generator.uniform(size=n)).astype(np.float32),
-    )
 
 
 def fidelity(tokens: TokenArrays, **options: Any) -> Fidelity:
@@ -346,28 +320,6 @@ def test_stored_tensors_give_everything_back() -> None:
     assert np.array_equal(again.windows, found.windows)
 
 
-def test_tensors_of_another_version_are_refused() -> None:
-    tensors = fidelity(synthetic()).to_tensors()
-    with pytest.raises(MetricError, match="written by another version"):
-        Fidelity.from_tensors({**tensors, "more": tensors["kl"]}, domains=DOMAINS)
-    del tensors["kl"]
-    with pytest.raises(MetricError, match="written by another version"):
-        Fidelity.from_tensors(tensors, domains=DOMAINS)
-
-
-def test_window_sums_are_sums_over_windows() -> None:
-    tokens = synthetic(8)
-    row = fidelity(tokens).windows[4]
-    mine = tokens.window == 4
-    delta = tokens.candidate_nll[mine].astype(float) - tokens.base_nll[mine]
-    assert (row["window"], row["document"], row["tokens"]) == (4, 1, mine.sum())
-    assert row["delta"] == pytest.approx(delta.sum())
-    assert row["delta_squared"] == pytest.approx((delta**2).sum())
-    assert row["kl_squared"] == pytest.approx((tokens.kl[mine].astype(float) ** 2).sum())
-    assert row["kl_tail"] == (tokens.kl[mine] > 1).sum()
-    assert row["agree"] == tokens.agree[mine].sum()
-
-
 def test_windows_without_scored_tokens_do_not_count() -> None:
     tokens = synthetic(9)
     padded = TokenArrays(
@@ -422,18 +374,6 @@ def test_snr_is_capped_on_both_sides() -> None:
     assert float(fidelity(tokens).hidden_snr_db) == -200
 
 
-@pytest.mark.parametrize("name", ["base_nll", "candidate_nll", "kl", "hidden_cosine"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_single_bad_token_is_an_error(name: str, bad: float) -> None:
-    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
-    fields[name] = fields[name].copy()
-    place = int(np.flatnonzero(fields["window"] == 5)[0])
-    fields[name][place] = bad
-    total = fields[name].size
-    with pytest.raises(MetricError, match=f"{name} is NaN or infinite for 1 of {total}.*window 5"):
-        TokenArrays(**fields)
-
-
 def test_a_perplexity_that_overflows_is_an_error() -> None:
     tokens = synthetic()
     tokens.candidate_nll[:] = 800
@@ -441,39 +381,9 @@ def test_a_perplexity_that_overflows_is_an_error() -> None:
         _ = fidelity(tokens).perplexity
 
 
-def test_arrays_must_fit_together() -> None:
-    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
-    with pytest.raises(ValueError, match="differ in length"):
-        TokenArrays(**{**fields, "kl": fields["kl"][1:]})
-    with pytest.raises(ValueError, match="no document"):
-        TokenArrays(**{**fields, "document": fields["document"][:-1]})
-    with pytest.raises(ValueError, match="all three arrays"):
-        TokenArrays(**{**fields, "hidden_error": None})
+def test_every_document_needs_a_domain() -> None:
     with pytest.raises(ValueError, match="document 5 has no domain"):
-        Fidelity(TokenArrays(**fields), domains=["a"])
-    with pytest.raises(MetricError, match="No token was scored"):
-        TokenArrays(**{k: v[:0] for k, v in fields.items()})
-
-
-def comparison(values: list[float]) -> TokenComparison:
-    found = torch.tensor(values)
-    return TokenComparison(found, found + 0.5, found * 0, found > 1, found, found)
-
-
-def test_windows_are_collected_in_order() -> None:
-    comparisons = [comparison([1.0, 2.0]), comparison([3.0])]
-    moved = [HiddenComparison(*[torch.ones(n)] * 3) for n in (2, 1)]
-    found = TokenArrays.collect(comparisons, [4, 2], moved)
-    assert found.base_nll.tolist() == [1, 2, 3]
-    assert found.agree.tolist() == [False, True, True]
-    assert found.window.tolist() == [0, 0, 1]
-    assert found.document.tolist() == [4, 2]
-    assert found.has_hidden
-    assert not TokenArrays.collect(comparisons, [4, 2]).has_hidden
-    with pytest.raises(ValueError, match="one document for each"):
-        TokenArrays.collect(comparisons, [4])
-    with pytest.raises(MetricError, match="No window"):
-        TokenArrays.collect([], [])
+        Fidelity(synthetic(), domains=["a"])
 
 
 @settings(max_examples=15, deadline=None)

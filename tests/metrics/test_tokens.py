@@ -1,16 +1,88 @@
-"""Windows that were evaluated in parts are those that were evaluated at once."""
+"""Arrays of tokens: what fits together, their sums, and parts that join to what was cut."""
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_qlab.errors import MetricError
+from pytest_qlab.metrics.divergence import HiddenComparison, TokenComparison
 from pytest_qlab.metrics.tokens import TokenArrays
-from tests.metrics.test_fidelity import synthetic
+from tests.metrics.synthetic import synthetic
+
+
+def test_arrays_must_fit_together() -> None:
+    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
+    with pytest.raises(ValueError, match="differ in length"):
+        TokenArrays(**{**fields, "kl": fields["kl"][1:]})
+    with pytest.raises(ValueError, match="no document"):
+        TokenArrays(**{**fields, "document": fields["document"][:-1]})
+    with pytest.raises(ValueError, match="all three arrays"):
+        TokenArrays(**{**fields, "hidden_error": None})
+    with pytest.raises(MetricError, match="No token was scored"):
+        TokenArrays(**{k: v[:0] for k, v in fields.items()})
+
+
+@pytest.mark.parametrize("name", ["base_nll", "candidate_nll", "kl", "hidden_cosine"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_single_bad_token_is_an_error(name: str, bad: float) -> None:
+    fields = {k: v for k, v in vars(synthetic()).items() if k != "windows"}
+    fields[name] = fields[name].copy()
+    place = int(np.flatnonzero(fields["window"] == 5)[0])
+    fields[name][place] = bad
+    total = fields[name].size
+    with pytest.raises(MetricError, match=f"{name} is NaN or infinite for 1 of {total}.*window 5"):
+        TokenArrays(**fields)
+
+
+def test_tensors_of_another_version_are_refused() -> None:
+    tensors = synthetic().to_tensors()
+    with pytest.raises(MetricError, match="written by another version"):
+        TokenArrays.from_tensors({**tensors, "more": tensors["kl"]})
+    del tensors["kl"]
+    with pytest.raises(MetricError, match="written by another version"):
+        TokenArrays.from_tensors(tensors)
+
+
+def test_window_sums_are_sums_over_windows() -> None:
+    tokens = synthetic(8)
+    row = tokens.windows[4]
+    mine = tokens.window == 4
+    delta = tokens.candidate_nll[mine].astype(float) - tokens.base_nll[mine]
+    assert (row["window"], row["document"], row["tokens"]) == (4, 1, mine.sum())
+    assert row["delta"] == pytest.approx(delta.sum())
+    assert row["delta_squared"] == pytest.approx((delta**2).sum())
+    assert row["kl_squared"] == pytest.approx((tokens.kl[mine].astype(float) ** 2).sum())
+    assert row["kl_tail"] == (tokens.kl[mine] > 1).sum()
+    assert row["agree"] == tokens.agree[mine].sum()
+
+
+def comparison(values: list[float]) -> TokenComparison:
+    found = torch.tensor(values)
+    return TokenComparison(found, found + 0.5, found * 0, found > 1, found, found)
+
+
+def test_windows_are_collected_in_order() -> None:
+    comparisons = [comparison([1.0, 2.0]), comparison([3.0])]
+    moved = [HiddenComparison(*[torch.ones(n)] * 3) for n in (2, 1)]
+    found = TokenArrays.collect(comparisons, [4, 2], moved)
+    assert found.base_nll.tolist() == [1, 2, 3]
+    assert found.agree.tolist() == [False, True, True]
+    assert found.window.tolist() == [0, 0, 1]
+    assert found.document.tolist() == [4, 2]
+    assert found.has_hidden
+    assert not TokenArrays.collect(comparisons, [4, 2]).has_hidden
+    with pytest.raises(ValueError, match="one document for each"):
+        TokenArrays.collect(comparisons, [4])
+    with pytest.raises(MetricError, match="No window"):
+        TokenArrays.collect([], [])
 
 
 def taken(tokens: TokenArrays, places: list[int]) -> TokenArrays:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pytest_qlab.metrics import fidelity
+from pytest_qlab.metrics import spreads
 from pytest_qlab.metrics.tokens import TokenArrays
 from scripts.simulate_gates import Plan, embedded_populations, report, simulate_all
 from scripts.simulation import (
@@ -85,7 +85,7 @@ def test_quantiles_cover_the_truth() -> None:
 
 def test_the_simulation_can_tell_wrong_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of one document taken for independent ones."""
-    monkeypatch.setattr(fidelity, "cluster_index", lambda documents: np.arange(len(documents)))
+    monkeypatch.setattr(spreads, "cluster_index", lambda documents: np.arange(len(documents)))
     long = synthetic(windows=8)
     monkeypatch.delitem(long.__dict__, "truth", raising=False)
     found = simulate(long, "other text", 150, measures=("kl.mean",), factors=(), windows=0)
