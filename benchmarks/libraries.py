@@ -91,7 +91,7 @@ PAIRS = (
     Pair(("fp4",), "bitsandbytes", "FP4, blocks of 64", "fp4"),
     Pair(("mxfp4",), "torchao", "MXFP4, FLOOR", "mxfp4", group_size=32),
     Pair(("nvfp4",), "torchao", "NVFP4, two-level scales", "nvfp4", group_size=16),
-    Pair(("mxfp4", "mxfp4:scale=ceil"), OTHER, "MXFP4A16", "mxfp4"),
+    Pair(("mxfp4:scale=even", "mxfp4"), OTHER, "MXFP4A16", "mxfp4"),
     Pair(("nvfp4",), OTHER, "NVFP4A16", "nvfp4"),
     Pair(("fp8",), OTHER, "FP8_DYNAMIC", "fp8", inputs=PerTokenFloat8()),
     Pair(("dynamic",), OTHER, "W8A8", "dynamic", inputs=int8_inputs),
