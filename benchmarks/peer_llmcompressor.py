@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+SCHEMES = {
+    "dynamic": "W8A8",
+    "smoothquant": "W8A8",
+    "fp8": "FP8_DYNAMIC",
+    "mxfp4": "MXFP4A16",
+    "nvfp4": "NVFP4A16",
+}
 
 
 def main(job_file: str) -> None:
@@ -38,6 +45,7 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
     model = import_module("transformers").AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=torch.float32
     )
+    originals = {name: value.detach().clone() for name, value in model.named_parameters()}
     dataset = token_dataset(job["tokens"])
     recipe = recipe_of(job)
     without_pinned_memory(torch)
@@ -52,7 +60,10 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
         shuffle_calibration_samples=False,
     )
     elapsed = time.perf_counter() - started
-    tensors = weights_of(model, before=job["method"] == "awq")
+    rescales = job["method"] in ("awq", "smoothquant")
+    tensors = weights_of(model, before=rescales)
+    if rescales:
+        tensors |= changed_besides(model, originals, tensors)
     import_module("safetensors.torch").save_file(tensors, job["weights"])
     return {"seconds": elapsed, "versions": {name: version(name) for name in LIBRARIES}}
 
@@ -66,8 +77,15 @@ def token_dataset(file: str) -> Any:
 
 
 def recipe_of(job: dict[str, Any]) -> list[Any]:
-    """The library's own defaults for the method; bits and groups as the job says."""
+    """The library's own defaults; the bits and groups of GPTQ and AWQ as the job says."""
     modifiers = "llmcompressor.modifiers"
+    if job["method"] in SCHEMES:
+        preset = {"scheme": SCHEMES[job["method"]], "targets": "Linear", "ignore": ["lm_head"]}
+        rounding = import_module(f"{modifiers}.quantization").QuantizationModifier(**preset)
+        if job["method"] != "smoothquant":
+            return [rounding]
+        smooth = import_module(f"{modifiers}.transform.smoothquant").SmoothQuantModifier
+        return [smooth(smoothing_strength=0.5), rounding]
     scheme = {
         "weights": {
             "num_bits": job["bits"],
@@ -107,6 +125,15 @@ def weights_of(model: Any, *, before: bool) -> dict[str, Any]:
             if before:
                 found[f"{name}.before"] = weight.float().contiguous().clone()
     return found
+
+
+def changed_besides(model: Any, originals: Any, known: Any) -> dict[str, Any]:
+    """PARAMETER.changed for parameters other than the quantized weights that have new values."""
+    return {
+        f"{name}.changed": value.detach().float().contiguous().clone()
+        for name, value in model.named_parameters()
+        if name in originals and name not in known and not value.equal(originals[name])
+    }
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SCRIPT = Path(__file__).resolve().with_name("peer_llmcompressor.py")
+WEIGHTS_SCRIPT = SCRIPT.with_name("peer_weights.py")
 INSTALL = (
     "not measured: {why}. Install the comparison environment with `python3 -m venv .peers` and "
     "`.peers/bin/pip install -r benchmarks/requirements-peers.txt`, then give "
@@ -37,11 +38,12 @@ class Job:
     """What the child process is to do, as it reads it from a JSON file.
 
     Attributes:
-        method: `gptq` or `awq`.
+        method: one that the child's script knows.
         model: directory of the model.
         tokens: JSON file with the calibration sequences.
         weights: safetensors file to write: NAME.weight for every quantized layer, dequantized, and
-            where the method has rescaled them, NAME.before: the rescaled weights unrounded.
+            where the method has rescaled them, NAME.before: the rescaled weights unrounded; and
+            PARAMETER.changed for all other parameters that it has changed.
         result: JSON file to write: seconds and versions, or `missing`.
         threads: of torch.
     """
@@ -73,6 +75,9 @@ def run_peer(
     *,
     threads: int,
     work: Path,
+    script: Path = SCRIPT,
+    bits: int = 4,
+    group_size: int = 128,
 ) -> Answer:
     """Quantize `model` in the environment of the interpreter `python`; `work` takes the files.
 
@@ -85,13 +90,14 @@ def run_peer(
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps([list(ids) for ids in sequences]), encoding="utf-8")
     weights, result = work / "weights.safetensors", work / "result.json"
-    job = Job(method, str(model), str(tokens), str(weights), str(result), threads)
+    files = (str(model), str(tokens), str(weights), str(result))
+    job = Job(method, *files, threads, bits, group_size)
     job_file = work / "job.json"
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     result.unlink(missing_ok=True)
-    _call([python, str(SCRIPT), str(job_file)], threads, work)
+    _call([python, str(script), str(job_file)], threads, work)
     if not result.exists():
-        raise PeerError(f"{SCRIPT.name} ended without an answer.")
+        raise PeerError(f"{script.name} ended without an answer.")
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "missing" in answer:
         raise PeerMissingError(f"the environment of --peers-python lacks {answer['missing']}")

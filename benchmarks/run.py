@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.disturbance import benchmark_disturbance
 from benchmarks.ggml import benchmark_ggml
 from benchmarks.kernels import benchmark_kernels
+from benchmarks.libraries import benchmark_libraries
 from benchmarks.peers import PeerError
 from benchmarks.products import benchmark_products
 from benchmarks.quantizers import benchmark_quantizer
@@ -29,6 +30,7 @@ from pytest_qlab.specs import DEFAULT_SPECS
 PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "gptq": partial(benchmark_quantizer, "gptq"),
     "awq": partial(benchmark_quantizer, "awq"),
+    "libraries": benchmark_libraries,
     "products": benchmark_products,
     "suite": benchmark_suite,
     "store": benchmark_store,

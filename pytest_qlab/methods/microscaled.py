@@ -18,14 +18,15 @@ class Mxfp4(Method):
 
     Options:
         scale: `floor`: the exponent of the block's largest weight less that of 4, so that weights
-            beyond 6 times the scale saturate; `ceil`: the least power of two with which none does.
+            beyond 6 times the scale saturate; `ceil`: the least power of two with which none does;
+            `even`: twice that of `floor` for blocks whose largest weight is at least 7 times it.
     """
 
     name: ClassVar[str] = "mxfp4"
     summary: ClassVar[str] = "E2M1 numbers under powers of two, per 32 columns"
     reference: ClassVar[str] = "OCP Microscaling Formats 1.0"
 
-    scale: Literal["floor", "ceil"] = "floor"
+    scale: Literal["floor", "ceil", "even"] = "floor"
 
     def quantize(
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""

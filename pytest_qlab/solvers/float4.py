@@ -1,8 +1,9 @@
 """Scales and codes of 4-bit floating-point blocks: OCP's MXFP4 and NVIDIA's NVFP4.
 
 MXFP4: OCP Microscaling Formats, version 1.0, section 6.3, whose rule for the shared exponent is
-`floor`; `ceil` is the rule that never saturates. NVFP4: block scales in E4M3 below a scale of the
-tensor (NVIDIA, arXiv 2509.25149). Four over six: Cook et al., arXiv 2512.02010.
+`floor`; `ceil` is the rule that never saturates, `even` lies between them and is that of torchao's
+`EVEN` and of compressed-tensors. NVFP4: block scales in E4M3 below a scale of the tensor (NVIDIA,
+arXiv 2509.25149). Four over six: Cook et al., arXiv 2512.02010.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pytest_qlab.formats.float4 import (
 )
 from pytest_qlab.solvers.grid import grouped
 
-ScaleRule = Literal["floor", "ceil"]
+ScaleRule = Literal["floor", "ceil", "even"]
 MXFP4_BLOCK = 32
 NVFP4_BLOCK = 16
 LARGEST_E4M3 = 448.0
@@ -89,7 +90,8 @@ class Mxfp4:
     Args:
         scale: `floor`: the exponent of the block's largest weight less that of the largest element,
             so that weights beyond 6 times the scale saturate; `ceil`: the least power of two with
-            which none does.
+            which none does; `even`: the one with which the largest weight, rounded to two bits,
+            does not.
     """
 
     scale: ScaleRule = "floor"
@@ -101,6 +103,9 @@ class Mxfp4:
         exponent = exponent - 3
         if self.scale == "ceil":
             exponent = exponent + (fraction > LARGEST / 8).to(exponent.dtype)
+        elif self.scale == "even":
+            # From 7 times the scale on: 8 is as near as 6, and then the even one.
+            exponent = exponent + (fraction >= 7 / 8).to(exponent.dtype)
         exponent = exponent.masked_fill(largest == 0, -E8M0_BIAS)
         stored = (exponent + E8M0_BIAS).clamp(0, LARGEST_E8M0).to(torch.uint8)
         length = group_length(weight.shape[1], MXFP4_BLOCK)

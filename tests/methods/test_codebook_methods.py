@@ -33,6 +33,7 @@ VARIANTS: list[Method] = [
     Nf4(double_quant=True),
     Fp4(block_size=32),
     Mxfp4(scale="ceil"),
+    Mxfp4(scale="even"),
     Nvfp4(four_over_six=True),
 ]
 
@@ -143,6 +144,7 @@ def test_ids_are_readable_and_differ() -> None:
         "nf4-double_quant",
         "fp4-block_size=32",
         "mxfp4-scale=ceil",
+        "mxfp4-scale=even",
         "nvfp4-four_over_six",
     ]
     names = "hqq,nf4,fp4,mxfp4,nvfp4"

@@ -20,6 +20,7 @@ CODEBOOKS: dict[str, tuple[Codebook, int]] = {
     "fp4": (Float4(), 16),
     "mxfp4": (Mxfp4(), 16),
     "mxfp4-ceil": (Mxfp4("ceil"), 16),
+    "mxfp4-even": (Mxfp4("even"), 16),
     "nvfp4": (Nvfp4(), 16),
     "nvfp4-4/6": (Nvfp4(four_over_six=True), 16),
     "uniform-3": (UniformGroups(GridRule(3), 16), 8),

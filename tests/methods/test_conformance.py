@@ -50,7 +50,13 @@ class TestFixedTables(MethodConformance):
 
 
 class TestMicroscaling(MethodConformance):
-    specs: ClassVar = ("mxfp4", "mxfp4:scale=ceil", "nvfp4", "nvfp4:four_over_six")
+    specs: ClassVar = (
+        "mxfp4",
+        "mxfp4:scale=ceil",
+        "mxfp4:scale=even",
+        "nvfp4",
+        "nvfp4:four_over_six",
+    )
 
 
 class TestSqueezeLlm(MethodConformance):

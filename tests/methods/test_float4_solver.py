@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from pytest_qlab.formats import MicroscaledFloat4
 from pytest_qlab.methods.ggml import Ggml
 from pytest_qlab.solvers.codebook import round_nearest
-from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4, e2m1_codes
+from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4, ScaleRule, e2m1_codes
 from tests.formats.test_float4 import e2m1, e4m3
 from tests.toy import toy_weight
 
@@ -75,21 +74,24 @@ def test_points_round_to_themselves_and_zero_keeps_its_sign() -> None:
 def test_shared_exponents_by_their_definition(block: list[float]) -> None:
     weight = torch.tensor([block])
     largest = float(weight.abs().max())
-    for rule in ("floor", "ceil"):
+    rules: tuple[ScaleRule, ...] = ("floor", "ceil", "even")
+    for rule in rules:
         (exponent,) = Mxfp4(rule).fit(weight).scales.flatten().tolist()
         if largest == 0:
             assert exponent == 0
         elif rule == "floor":
             assert 2.0 ** (exponent - 127) <= largest / 4 < 2.0 ** (exponent - 126)
+        elif rule == "even":
+            assert 3.5 * 2.0 ** (exponent - 127) <= largest < 7 * 2.0 ** (exponent - 127)
         else:
             assert 6 * 2.0 ** (exponent - 127) >= largest > 3 * 2.0 ** (exponent - 127)
 
 
 @settings(max_examples=50, deadline=None)
 @given(block=st.lists(weights, min_size=1, max_size=32))
-@pytest.mark.parametrize("rule", ["floor", "ceil"])
+@pytest.mark.parametrize("rule", ["floor", "ceil", "even"])
 def test_codes_are_the_best_for_their_exponent_and_no_exponent_beats_brute_force(
-    rule: Literal["floor", "ceil"], block: list[float]
+    rule: ScaleRule, block: list[float]
 ) -> None:
     weight = torch.tensor([block])
     exact = np.array(weight[0].tolist())
@@ -156,10 +158,11 @@ def test_every_block_takes_the_better_of_four_and_six() -> None:
         (Nvfp4(four_over_six=True), 0.083359),
         (Mxfp4("floor"), 0.140989),
         (Mxfp4("ceil"), 0.109234),
+        (Mxfp4("even"), 0.106704),
     ],
 )
 def test_vectors(codebook: Mxfp4 | Nvfp4, expected: float) -> None:
-    """From an implementation of the formulas in numpy."""
+    """From an implementation of the formulas in numpy; `even` from compressed-tensors 0.19."""
     assert relative_error(toy_weight(), codebook) == pytest.approx(expected, abs=1e-6)
 
 
@@ -175,7 +178,7 @@ def test_llama_cpps_mxfp4_has_the_same_values_where_nothing_is_halfway() -> None
     assert found[0, :4].tolist() == [6, 0.5, 2, 3]
 
 
-@pytest.mark.parametrize("codebook", [Mxfp4("floor"), Mxfp4("ceil"), Nvfp4()])
+@pytest.mark.parametrize("codebook", [Mxfp4("floor"), Mxfp4("ceil"), Mxfp4("even"), Nvfp4()])
 def test_what_is_on_the_grid_stays(codebook: Mxfp4 | Nvfp4) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (8, 128), generator=generator)
@@ -200,6 +203,10 @@ def test_floor_saturates_and_ceil_does_not() -> None:
     weight = torch.tensor([[7.9, 1.0, 0.5]])
     assert packed(weight, Mxfp4("floor")).dequantize()[0, 0] == 6
     assert packed(weight, Mxfp4("ceil")).dequantize()[0, 0] == 8
+    assert packed(weight, Mxfp4("even")).dequantize()[0, 0] == 8
+    below, at = (torch.tensor([[value, 1.0]]) for value in (6.9999, 7.0))
+    assert packed(below, Mxfp4("even")).dequantize()[0].tolist() == [6, 1]
+    assert packed(at, Mxfp4("even")).dequantize()[0].tolist() == [8, 1]
     assert math.isclose(float(packed(weight, Nvfp4()).dequantize()[0, 0]), 7.9, rel_tol=1e-6)
 
 

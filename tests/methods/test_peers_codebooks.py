@@ -128,7 +128,9 @@ def test_bitsandbytes_odd_sizes(kind: type[Nf4 | Fp4], rows: int, columns: int) 
 
 
 @named
-@pytest.mark.parametrize(("rule", "mode"), [("floor", "FLOOR"), ("ceil", "RCEIL")])
+@pytest.mark.parametrize(
+    ("rule", "mode"), [("floor", "FLOOR"), ("ceil", "RCEIL"), ("even", "EVEN")]
+)
 def test_torchao_mxfp4(name: str, rule: Any, mode: str) -> None:
     mx = pytest.importorskip(
         "torchao.prototype.mx_formats.mx_tensor",
