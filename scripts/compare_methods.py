@@ -37,6 +37,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "fp4",
         "mxfp4",
         "mxfp4:scale=ceil",
+        "mxfp4:scale=even",
         "nvfp4",
         "nvfp4:four_over_six",
         "squeezellm",
