@@ -184,6 +184,11 @@ def _expand_one(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[Meth
             )
         label = name if not given else None
         *first, last = _PLUS.split(base)
+        if ":" in last:
+            raise SpecError(
+                f"The configuration [tool.qlab.methods.{name}] says method = {base!r}. Give the "
+                f"options of {last.partition(':')[0]} lines of their own, such as bits = 3."
+            )
         try:
             spec = _build(last, given, label, table)
             if first:

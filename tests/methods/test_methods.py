@@ -26,6 +26,7 @@ from pytest_qlab.methods.dynamic import Dynamic
 from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.methods.hqq import Hqq
 from pytest_qlab.methods.identity import Identity
+from pytest_qlab.methods.quip import Quip
 from pytest_qlab.methods.rtn import Rtn
 from pytest_qlab.methods.spqr import Spqr
 from pytest_qlab.methods.static import Static
@@ -183,6 +184,22 @@ def test_weights_at_the_end_of_float32_are_refused_by_name(kind: type[Method]) -
     assert float((found / 9e35 - below / 9e35).square().sum()) < float(
         (below / 9e35).square().sum()
     )
+
+
+@pytest.mark.parametrize("kind", [*CALIBRATED, Spqr, Quip])
+def test_the_order_of_calibration_tokens_changes_rounding_errors_only(kind: type[Method]) -> None:
+    """Sums are added up in another order: few codes flip, and the error is what it was."""
+    weight, inputs, _ = correlated(24, 64, 300, 0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    weight, inputs = weight.float(), inputs.float()
+    known = statistics_of(inputs)
+    found, again = (
+        kind().quantize(weight, statistics, name="up_proj").weight.dequantize()
+        for statistics in (known, statistics_of(inputs[order]))
+    )
+    errors = [output_error(weight, each, known) for each in (found, again)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert float((found - again).norm()) < 0.2 * float((weight - found).norm())
 
 
 @pytest.mark.parametrize("kind", CALIBRATED)
