@@ -252,8 +252,8 @@ def _configured(noun: str, kind: type[C], options: Mapping[str, Any]) -> C:
         return kind(**{key: _literal(value) for key, value in options.items()})
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}: {problem['msg']}"
-            f" (given {problem['input']!r})"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}: "
+            f"{problem['msg'].removeprefix('Value error, ')} (given {problem['input']!r})"
             for problem in error.errors()
         )
         raise SpecError(f"The {noun} {kind.name!r} cannot be configured so: {problems}.") from error

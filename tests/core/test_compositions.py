@@ -298,3 +298,8 @@ def test_options_of_a_configured_method_stand_on_their_own_lines(method: str) ->
     named = {"mine": {"method": method}}
     with pytest.raises(SpecError, match=rf"\.mine\].*{re.escape(method)}.*lines of their own"):
         parse_specs(["mine"], named)
+
+
+def test_what_an_option_wants_is_said_without_a_class_of_error() -> None:
+    with pytest.raises(SpecError, match=r"so: group_size: a group has at least 8 .*given 4"):
+        parse_specs(["quarot+gptq:group_size=4"])
