@@ -192,6 +192,11 @@ def _expand_one(piece: str, named: Mapping[str, Mapping[str, Any]]) -> list[Meth
             )
         label = name if not given else None
         *first, last = _PLUS.split(base)
+        if ":" in last:
+            raise SpecError(
+                f"The configuration [tool.qlab.methods.{name}] says method = {base!r}. Give the "
+                f"options of {last.partition(':')[0]} lines of their own, such as bits = 3."
+            )
         try:
             spec = _build(last, given, label, table)
             if first:
@@ -255,8 +260,8 @@ def _configured(noun: str, kind: type[C], options: Mapping[str, Any]) -> C:
         return kind(**{key: _literal(value) for key, value in options.items()})
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}: {problem['msg']}"
-            f" (given {problem['input']!r})"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'options'}: "
+            f"{problem['msg'].removeprefix('Value error, ')} (given {problem['input']!r})"
             for problem in error.errors()
         )
         raise SpecError(f"The {noun} {kind.name!r} cannot be configured so: {problems}.") from error

@@ -168,11 +168,13 @@ class Accumulator:
 
     def result(self) -> LayerStatistics:
         """The statistics of everything added so far, on the CPU; zeros where nothing was."""
-        empty = torch.zeros_like(self._minimum)
+        # Tensors of their own, because a file of statistics holds no tensor twice.
+        ends = (self._minimum, self._maximum)
+        low, high = ends if self._tokens else (torch.zeros_like(each) for each in ends)
         return LayerStatistics(
             self._tokens,
-            (self._minimum if self._tokens else empty).cpu(),
-            (self._maximum if self._tokens else empty).cpu(),
+            low.cpu(),
+            high.cpu(),
             (self._abs_sum / max(self._tokens, 1)).float().cpu(),
             self._square_sum.float().cpu(),
             self._gram(),

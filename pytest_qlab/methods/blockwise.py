@@ -13,9 +13,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qlab.calibration.statistics import LayerStatistics
+    from pytest_qlab.solvers.codebook import Codebook
 
 
-class Nf4(Method):
+class _Blockwise(Method):
+    """What both have in common: every weight becomes the nearest number of the table."""
+
+    block_size: int = Field(default=64, ge=8)
+    double_quant: bool = False
+
+    def codebook(self) -> Codebook:
+        """The table's numbers under scales of blocks."""
+        raise NotImplementedError
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        """Round to the nearest number of the table; see `Method.quantize`."""
+        from pytest_qlab.solvers.codebook import round_nearest
+
+        check_weight(weight, name)
+        return QuantizedLayer(round_nearest(weight, self.codebook()))
+
+
+class Nf4(_Blockwise):
     """QLoRA's NormalFloat, as in bitsandbytes.
 
     Options:
@@ -27,22 +48,14 @@ class Nf4(Method):
     summary: ClassVar[str] = "quantiles of the normal distribution, scaled per block"
     reference: ClassVar[str] = "arXiv 2305.14314; bitsandbytes"
 
-    block_size: int = Field(default=64, ge=8)
-    double_quant: bool = False
-
-    def quantize(
-        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
-    ) -> QuantizedLayer:
-        """Round to the nearest number of the table; see `Method.quantize`."""
+    def codebook(self) -> Codebook:
+        """NormalFloat's."""
         from pytest_qlab.solvers.blockwise import NormalFloat4
-        from pytest_qlab.solvers.codebook import round_nearest
 
-        check_weight(weight, name)
-        codebook = NormalFloat4(self.block_size, self.double_quant)
-        return QuantizedLayer(round_nearest(weight, codebook))
+        return NormalFloat4(self.block_size, self.double_quant)
 
 
-class Fp4(Method):
+class Fp4(_Blockwise):
     """bitsandbytes' 4-bit float; its numbers are not those of E2M1.
 
     Options:
@@ -54,16 +67,8 @@ class Fp4(Method):
     summary: ClassVar[str] = "bitsandbytes' 4-bit floats, scaled per block"
     reference: ClassVar[str] = "bitsandbytes"
 
-    block_size: int = Field(default=64, ge=8)
-    double_quant: bool = False
-
-    def quantize(
-        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
-    ) -> QuantizedLayer:
-        """Round to the nearest number of the table; see `Method.quantize`."""
+    def codebook(self) -> Codebook:
+        """The 4-bit float's."""
         from pytest_qlab.solvers.blockwise import Float4
-        from pytest_qlab.solvers.codebook import round_nearest
 
-        check_weight(weight, name)
-        codebook = Float4(self.block_size, self.double_quant)
-        return QuantizedLayer(round_nearest(weight, codebook))
+        return Float4(self.block_size, self.double_quant)

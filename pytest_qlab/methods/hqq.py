@@ -38,7 +38,7 @@ class Hqq(Method):
     optimize: bool = True
     iterations: int = Field(default=20, ge=1)
     lp_norm: float = Field(default=0.7, gt=0, le=1)
-    beta: float = Field(default=10.0, gt=0)
+    beta: float = Field(default=10.0, gt=0, allow_inf_nan=False)
 
     def quantize(
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pytest_qlab.calibration.statistics import LayerStatistics
 
 SMALLEST_GROUP = 8
+LARGEST_WEIGHT = 1e36
+"""A little less than float32 holds: sums and steps of such weights are to be numbers, too."""
 
 
 def _group_size(value: int) -> int:
@@ -33,7 +35,8 @@ def check_weight(weight: Tensor, name: str) -> None:
     """Refuse a weight that is no matrix of finite numbers.
 
     Raises:
-        MethodError: it is empty, not two-dimensional, or holds NaN or infinity.
+        MethodError: it is empty, not two-dimensional, holds NaN or infinity, or a number beyond
+            `LARGEST_WEIGHT`.
     """
     if weight.dim() != 2 or not weight.numel():
         raise MethodError(
@@ -44,6 +47,12 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise MethodError(
             f"The weight of {name or 'a layer'} contains NaN or infinite values, so it cannot be "
             "quantized. Check the checkpoint: it may be damaged, or its training has diverged."
+        )
+    largest = float(weight.abs().max())
+    if largest > LARGEST_WEIGHT:
+        raise MethodError(
+            f"The weight of {name or 'a layer'} reaches {largest:.3g}, more than float32 can be "
+            f"quantized with ({LARGEST_WEIGHT:g}). Check the checkpoint: it may be damaged."
         )
 
 

@@ -51,8 +51,8 @@ class Smooth(Preprocessing):
         if not norms:
             raise MethodError(
                 f"smooth finds no norm in block {block.index} whose output is read by linear "
-                "layers alone, so there is nothing to smooth. Take a method without it, such as "
-                "dynamic, for this architecture."
+                f"layers alone, so there is nothing to smooth.{_about_type(block)} Take a method "
+                "without it, such as dynamic, for this architecture."
             )
         found = [(fold, self._scale(fold)) for fold in norms]
         for fold, scale in found:
@@ -77,6 +77,17 @@ class Smooth(Preprocessing):
         if not largest:
             return None
         return smoothing_scale(weights, torch.stack(largest).amax(0), self.alpha)
+
+
+def _about_type(block: BlockContext) -> str:
+    """What 16 bits may have to do with it: Gemma's norms, which multiply by 1 + weight."""
+    if block.hidden is None or block.hidden.dtype.itemsize >= 4:
+        return ""
+    dtype = str(block.hidden.dtype).removeprefix("torch.")
+    return (
+        f" Norms that multiply by 1 + weight, as Gemma's, cannot take up a scale in {dtype}, whose "
+        "numbers near -1 are too coarse; in float32 (--qlab-dtype=float32) they can."
+    )
 
 
 class SmoothQuant(Method):

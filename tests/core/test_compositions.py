@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -290,3 +291,15 @@ def test_reading_compositions_imports_no_torch() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert find_method("smoothquant").name == "smoothquant"
+
+
+@pytest.mark.parametrize("method", ["gptq:bits=3", "quarot+gptq:bits=3", "gguf:Q4_0"])
+def test_options_of_a_configured_method_stand_on_their_own_lines(method: str) -> None:
+    named = {"mine": {"method": method}}
+    with pytest.raises(SpecError, match=rf"\.mine\].*{re.escape(method)}.*lines of their own"):
+        parse_specs(["mine"], named)
+
+
+def test_what_an_option_wants_is_said_without_a_class_of_error() -> None:
+    with pytest.raises(SpecError, match=r"so: group_size: a group has at least 8 .*given 4"):
+        parse_specs(["quarot+gptq:group_size=4"])

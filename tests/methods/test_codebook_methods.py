@@ -160,6 +160,7 @@ def test_ids_are_readable_and_differ() -> None:
         (Hqq, {"lp_norm": 0.0}),
         (Hqq, {"lp_norm": 1.5}),
         (Hqq, {"beta": 0.0}),
+        (Hqq, {"beta": math.inf}),
         (Nf4, {"block_size": 0}),
         (Fp4, {"bits": 4}),
         (Mxfp4, {"scale": "round"}),

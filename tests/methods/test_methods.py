@@ -21,10 +21,14 @@ from pytest_qlab.formats import AffineGroups, PerTensorAffine, PerTokenSymmetric
 from pytest_qlab.methods.awq import Awq, is_clipped
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
+from pytest_qlab.methods.blockwise import Nf4
 from pytest_qlab.methods.dynamic import Dynamic
 from pytest_qlab.methods.gptq import Gptq
+from pytest_qlab.methods.hqq import Hqq
 from pytest_qlab.methods.identity import Identity
+from pytest_qlab.methods.quip import Quip
 from pytest_qlab.methods.rtn import Rtn
+from pytest_qlab.methods.spqr import Spqr
 from pytest_qlab.methods.static import Static
 from pytest_qlab.solvers.grid import GridRule, fake_quantize
 from tests.methods.oracles import correlated
@@ -166,6 +170,36 @@ def test_weights_that_are_not_finite_are_refused(kind: type[Method], poison: flo
     weight[3, 5] = poison
     with pytest.raises(MethodError, match=r"layers\.7\.up_proj contains NaN"):
         kind().quantize(weight, statistics, name="layers.7.up_proj")
+
+
+@pytest.mark.parametrize("kind", [*(each for each in ALL if each is not Identity), Hqq, Nf4, Spqr])
+def test_weights_at_the_end_of_float32_are_refused_by_name(kind: type[Method]) -> None:
+    """Sums and steps of such numbers would be infinite; a little below they are not."""
+    weight, statistics = layer()
+    with pytest.raises(MethodError, match=r"layers\.7\.up_proj reaches 3e\+37"):
+        kind().quantize(weight * (3e37 / weight.abs().max()), statistics, name="layers.7.up_proj")
+    below = weight * (9e35 / weight.abs().max())
+    found = kind().quantize(below, statistics, name="layers.7.up_proj").weight.dequantize()
+    assert bool(found.isfinite().all())
+    assert float((found / 9e35 - below / 9e35).square().sum()) < float(
+        (below / 9e35).square().sum()
+    )
+
+
+@pytest.mark.parametrize("kind", [*CALIBRATED, Spqr, Quip])
+def test_the_order_of_calibration_tokens_changes_rounding_errors_only(kind: type[Method]) -> None:
+    """Sums are added up in another order: few codes flip, and the error is what it was."""
+    weight, inputs, _ = correlated(24, 64, 300, 0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    weight, inputs = weight.float(), inputs.float()
+    known = statistics_of(inputs)
+    found, again = (
+        kind().quantize(weight, statistics, name="up_proj").weight.dequantize()
+        for statistics in (known, statistics_of(inputs[order]))
+    )
+    errors = [output_error(weight, each, known) for each in (found, again)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert float((found - again).norm()) < 0.2 * float((weight - found).norm())
 
 
 @pytest.mark.parametrize("kind", CALIBRATED)

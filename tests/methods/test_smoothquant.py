@@ -97,8 +97,26 @@ def test_norms_are_smoothed_and_nothing_else() -> None:
 
 def test_a_block_without_such_norms_is_refused() -> None:
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(MethodError, match=r"smooth finds no norm in block 0.*such as dynamic"):
+    with pytest.raises(MethodError, match=r"no norm in block 0.*to smooth\. Take .* dynamic"):
         smoothed(context("w", weight, statistics_of(weight.clone())), kind="linear")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_norms_that_add_one_are_refused_in_16_bits_and_why(dtype: str, tmp_path: Path) -> None:
+    """1 + weight over a scale, less 1, is near -1: what is stored of it is off by some percent."""
+    ARCHITECTURES["gemma"]().save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    lab = Lab(
+        str(tmp_path / "model"),
+        dtype=dtype,
+        evaluation=documents(2, seed=1),
+        calibration=documents(4, seed=2),
+        calibration_length=32,
+        store=tmp_path / "store",
+        threads=1,
+    )
+    with pytest.raises(MethodError, match=rf"1 \+ weight.* in {dtype}.*--qlab-dtype=float32"):
+        lab.checkpoint(lab.candidate("smooth+rtn").method)
 
 
 def test_experts_count_by_the_most_that_any_of_them_sees() -> None:
