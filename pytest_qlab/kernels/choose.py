@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pytest_qlab.errors import CorruptEntryError
 from pytest_qlab.formats.activations import PerTensorAffine
 from pytest_qlab.formats.plain import PlainWeight
-from pytest_qlab.kernels.crossover import crossover
+from pytest_qlab.kernels.crossover import crossover, slowdown
 from pytest_qlab.kernels.fp8 import Float8CudaLinear
 from pytest_qlab.kernels.int4 import Int4CpuLinear, Int4CudaLinear
 from pytest_qlab.kernels.int8 import Int8Linear
@@ -36,6 +36,8 @@ KERNELS: tuple[type[KernelLinear], ...] = (
 )
 TOLERANCE = 2.0**-5
 PROBE_ROWS = 8
+SLOWEST = 8.0
+"""From so many times dequantizing's time on, a kernel is none that was made for this processor."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
             )
         if isinstance(module, CrossedLinear):
             module.most_rows = crossover(module)
+        else:
+            factor = slowdown(module, source, probe(source, weight))
+            if factor > SLOWEST:
+                return Choice(
+                    source, f"{kind.kernel} takes {factor:.0f} times as long as dequantizing here"
+                )
         return Choice(module, rounding=_relative(module.dequantized() - weight, weight))
     return Choice(source, f"there is no {source.wanted_kernel} kernel here")
 

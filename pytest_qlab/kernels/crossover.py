@@ -1,4 +1,4 @@
-"""From how many rows on a kernel for few rows loses to dequantizing: found at load, by trying."""
+"""Up to how many rows a kernel is faster than dequantizing, if at all: found at load, by trying."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_qlab.kernels.real import CrossedLinear
+from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.kernels.real import CrossedLinear, KernelLinear
 
 MOST_ROWS = 256
 """Larger crossovers are not looked for."""
 REPEATS = 3
 
 _known: dict[tuple[object, ...], int] = {}
+_slowdowns: dict[tuple[object, ...], float] = {}
 
 
 def crossover(module: CrossedLinear) -> int:
@@ -30,6 +32,34 @@ def crossover(module: CrossedLinear) -> int:
                 _clock(device),
             )
     return _known[key]
+
+
+def slowdown(module: KernelLinear, source: PackedLinear, rows: Tensor) -> float:
+    """The kernel's time over that of dequantizing and multiplying; once in a process for a shape.
+
+    A library may have no fast code for an operator on this processor, and still give right results.
+    """
+    shape = (module.out_features, module.in_features)
+    key = (module.kernel, *shape, module.dtype, str(rows.device), torch.get_num_threads())
+    if key not in _slowdowns:
+        with torch.inference_mode():
+            _slowdowns[key] = time_ratio(
+                lambda count: module.multiply(rows[:count]),
+                lambda count: source(rows[:count]),
+                len(rows),
+                _clock(rows.device),
+            )
+    return _slowdowns[key]
+
+
+def time_ratio(
+    first: Callable[[int], Tensor],
+    second: Callable[[int], Tensor],
+    count: int,
+    clock: Callable[[], int],
+) -> float:
+    """The least time of some repetitions of `first` with that many rows, over that of `second`."""
+    return _least(first, count, clock) / max(_least(second, count, clock), 1)
 
 
 def most_rows(

@@ -26,7 +26,11 @@ FEWEST_CUDA_ROWS = 17
 def multiply_onednn(
     codes: Tensor, scale: float, zero_point: int, prepacked: Tensor, scales: Tensor
 ) -> Tensor:
-    """`scale * (codes - zero_point) @ (scales * weight)^T`, float32 (k, m), from int8 or uint8."""
+    """`scale * (codes - zero_point) @ (scales * weight)^T`, float32 (k, m), from uint8 codes.
+
+    Of signed codes onednn makes the same, but on processors without an instruction for them (before
+    AMX and AVX-VNNI-INT8) in a reference loop that takes hundreds of times as long.
+    """
     zeros = torch.zeros(len(scales), dtype=torch.int32)
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes,
@@ -112,7 +116,8 @@ class W8A8CpuLinear(W8A8Linear):
             fixed = self.activation.scale, self.activation.zero_point
             return multiply_onednn(codes, *fixed, prepacked, self.scales)
         codes, scale = self.activation.codes(rows)
-        return multiply_onednn(codes, 1.0, 0, prepacked, self.scales).mul_(scale)
+        shifted = codes.view(torch.uint8) ^ 128
+        return multiply_onednn(shifted, 1.0, 128, prepacked, self.scales).mul_(scale)
 
     def dequantized(self) -> Tensor:
         codes = self._prepacked[0].to_dense().t().to(torch.float32)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.checkpoint import Checkpoint
 
-KERNELS_VERSION = 1
+KERNELS_VERSION = 2
 
 
 @dataclass(frozen=True)

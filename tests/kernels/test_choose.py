@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from pytest_qlab.errors import CorruptEntryError
 from pytest_qlab.formats import PerTensorAffine, PerTokenSymmetric, PlainWeight
 from pytest_qlab.kernels import int4, w8a8
 from pytest_qlab.kernels.choose import TOLERANCE, choose
-from pytest_qlab.kernels.crossover import MOST_ROWS, most_rows
+from pytest_qlab.kernels.crossover import MOST_ROWS, most_rows, time_ratio
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
 from pytest_qlab.methods.hqq import Hqq
@@ -236,3 +238,43 @@ def test_the_crossover_is_where_rows_cost_as_much_as_dequantizing(
     clock = Ticking()
     packed = clock.costing(lambda count: a_row * count)
     assert most_rows(packed, clock.costing(lambda count: dense), clock) == expected
+
+
+def test_the_ratio_of_times_is_of_as_many_rows() -> None:
+    clock = Ticking()
+    slow, fast = clock.costing(lambda count: 30 * count), clock.costing(lambda count: 10 * count)
+    assert time_ratio(slow, fast, 8, clock) == 3
+    assert time_ratio(fast, clock.costing(lambda count: 0), 8, clock) == 80
+
+
+def test_a_kernel_that_is_right_and_far_too_slow_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = w8a8.multiply_onednn
+
+    def slowly(codes: Tensor, *rest: Any) -> Tensor:
+        for _ in range(2000):
+            product = right(codes, *rest)
+        return product
+
+    monkeypatch.setattr(w8a8, "multiply_onednn", slowly)
+    # A shape of its own, because a shape is timed once.
+    source = random_case(48, 96, -1, bits=8, symmetric=True).layer(activation=PerTokenSymmetric(8))
+    choice = choose(source)
+    assert choice.module is source
+    assert re.fullmatch(r"onednn-int8 takes \d+ times as long as dequantizing here", choice.reason)
+
+
+def test_signed_codes_never_reach_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a processor has no instruction for them, they take hundreds of times as long."""
+    seen = set[torch.dtype]()
+    right = w8a8.multiply_onednn
+
+    def watched(codes: Tensor, *rest: Any) -> Tensor:
+        seen.add(codes.dtype)
+        return right(codes, *rest)
+
+    monkeypatch.setattr(w8a8, "multiply_onednn", watched)
+    for activation in (PerTokenSymmetric(8), PerTensorAffine.from_range(-2, 4, 8)):
+        assert kernel(INT8.layer(activation=activation)) == "onednn-int8"
+    assert seen == {torch.uint8}
