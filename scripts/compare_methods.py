@@ -27,6 +27,7 @@ METHODS: Mapping[int, tuple[str, ...]] = {
     4: (
         "rtn",
         "rtn:mse",
+        "rtn:group_size=64",
         "rtn:group_size=-1",
         "gptq",
         "gptq:group_size=-1",
@@ -63,8 +64,10 @@ METHODS: Mapping[int, tuple[str, ...]] = {
     3: (
         "rtn:bits=3",
         "rtn:bits=3:mse",
+        "rtn:bits=3:group_size=64",
         "rtn:bits=3:group_size=-1",
         "gptq:bits=3",
+        "gptq:bits=3:group_size=16",
         "gptq:bits=3:group_size=-1",
         "awq:bits=3",
         "hqq:bits=3",
