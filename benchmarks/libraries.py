@@ -16,14 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import (
-    SCRIPT,
-    WEIGHTS_SCRIPT,
-    Answer,
-    PeerMissingError,
-    original_weights,
-    run_peer,
-)
+from benchmarks.peers import PLACES, Answer, PeerMissingError, original_weights
+from benchmarks.peers import ask as ask_peer
 from benchmarks.quantizers import weights_of
 from benchmarks.settings import Benchmark, say
 from benchmarks.tables import Section, number
@@ -67,11 +61,6 @@ class Pair:
     group_size: int = 64
     inputs: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def script(self) -> Path:
-        """The child's."""
-        return SCRIPT if self.library == "llmcompressor" else WEIGHTS_SCRIPT
-
 
 def int8_inputs(x: Tensor) -> Tensor:
     """Inputs in 8 bits as compressed-tensors rounds them: 255 steps of max|x| / 127.5 a token."""
@@ -97,6 +86,7 @@ PAIRS = (
     Pair(("dynamic",), OTHER, "W8A8", "dynamic", inputs=int8_inputs),
     Pair(("smoothquant",), OTHER, "SmoothQuant, W8A8", "smoothquant", inputs=int8_inputs),
     Pair(("gptq",), OTHER, "GPTQ, 4 bits, groups of 128", "gptq", group_size=128),
+    Pair(("gptq",), "gptqmodel", "GPTQ, 4 bits, groups of 128", "gptq", group_size=128),
     Pair(
         ("awq", "awq:clip=false:duo_scaling=true"),
         OTHER,
@@ -111,7 +101,7 @@ def benchmark_libraries(benchmark: Benchmark) -> Section:
     """Run all pairs on the same model, calibration tokens and evaluation windows."""
     section = Section("Methods beside those of other libraries", HEADER)
     rows: list[list[str]] = []
-    versions: dict[str, str] = {}
+    versions: dict[str, dict[str, str]] = {}
     with TemporaryDirectory(prefix="qlab-bench-") as name:
         work = Path(name)
         lab = benchmark.lab(work / "store")
@@ -122,7 +112,8 @@ def benchmark_libraries(benchmark: Benchmark) -> Section:
             except PeerMissingError as error:
                 rows.append([pair.library, pair.theirs, ", ".join(pair.ours), str(error), *"---"])
                 continue
-            versions |= answer.versions
+            option = PLACES[pair.library][1].option
+            versions[option] = versions.get(option, {}) | answer.versions
             for measured in beside(pair, answer, lab):
                 rows.append([pair.library, pair.theirs, *cells(measured)])
                 section.raw[f"{pair.library} {pair.theirs}, {measured['ours']}"] = measured
@@ -133,14 +124,14 @@ def benchmark_libraries(benchmark: Benchmark) -> Section:
 
 def ask(pair: Pair, benchmark: Benchmark, lab: Lab, work: Path) -> Answer:
     """Theirs, in the comparison environment."""
-    return run_peer(
-        benchmark.peers_python,
+    return ask_peer(
+        pair.library,
+        benchmark.pythons,
         pair.method,
         resolve(benchmark.model).resolve(),
         lab.calibration.sequences,
         threads=benchmark.threads,
         work=work,
-        script=pair.script,
         bits=pair.bits,
         group_size=pair.group_size,
     )
@@ -217,14 +208,18 @@ def cells(measured: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def notes(versions: Mapping[str, str]) -> list[str]:
-    """What the table's numbers are."""
-    listed = ", ".join(f"{name} {value}" for name, value in versions.items())
+def notes(versions: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What the table's numbers are, and the versions in each environment."""
     return [
         "KL is the mean divergence from the original model, in nats per token, by our evaluation "
         "for both: the weights that the other library makes are put into the original model, and "
         "where it rounds inputs, they are rounded by its rule. *Weights apart* is the distance of "
         "the two libraries' weights over the distance of theirs from the original ones; 0 is the "
         "same bits. Methods that calibrate do so on the same tokens.",
-        *([f"Comparison environment: {listed}."] if listed else []),
+        *(
+            f"Comparison environment of `{option}`: "
+            + ", ".join(f"{name} {value}" for name, value in found.items())
+            + "."
+            for option, found in versions.items()
+        ),
     ]

@@ -15,18 +15,47 @@ from torch import Tensor
 
 SCRIPT = Path(__file__).resolve().with_name("peer_llmcompressor.py")
 WEIGHTS_SCRIPT = SCRIPT.with_name("peer_weights.py")
+GPTQMODEL_SCRIPT = SCRIPT.with_name("peer_gptqmodel.py")
 INSTALL = (
-    "not measured: {why}. Install the comparison environment with `python3 -m venv .peers` and "
-    "`.peers/bin/pip install -r benchmarks/requirements-peers.txt`, then give "
-    "`--peers-python .peers/bin/python`."
+    "not measured: {why}. Install the comparison environment with `python3 -m venv {folder}` and "
+    "`{folder}/bin/pip install {arguments}`, then give `{option} {folder}/bin/python`."
 )
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where other libraries are installed: how a user makes it, and names it.
+
+    Attributes:
+        option: of `run.py`, which gives its interpreter.
+        folder: of the virtual environment, in the root of the clone.
+        arguments: of `pip install`.
+    """
+
+    option: str
+    folder: str
+    arguments: str
+
+
+PEERS = Environment("--peers-python", ".peers", "-r benchmarks/requirements-peers.txt")
+GPTQMODEL = Environment(
+    "--gptqmodel-python", ".gptqmodel", "--no-deps -r benchmarks/requirements-gptqmodel.txt"
+)
+
+
+# The script that drives a library, and where the library is.
+PLACES = {
+    "llmcompressor": (SCRIPT, PEERS),
+    "gptqmodel": (GPTQMODEL_SCRIPT, GPTQMODEL),
+    **dict.fromkeys(("hqq", "bitsandbytes", "torchao"), (WEIGHTS_SCRIPT, PEERS)),
+}
 
 
 class PeerMissingError(Exception):
     """There is nothing to compare with; says how to install it."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(INSTALL.format(why=why))
+    def __init__(self, why: str, environment: Environment = PEERS) -> None:
+        super().__init__(INSTALL.format(why=why, **asdict(environment)))
 
 
 class PeerError(Exception):
@@ -67,6 +96,39 @@ class Answer:
     tensors: dict[str, Tensor]
 
 
+def ask(
+    library: str,
+    pythons: Mapping[str, str | None],
+    method: str,
+    model: Path,
+    sequences: Sequence[Sequence[int]],
+    *,
+    threads: int,
+    work: Path,
+    bits: int = 4,
+    group_size: int = 128,
+) -> Answer:
+    """`run_peer` with the script and the environment of a library.
+
+    Args:
+        library: one of `PLACES`.
+        pythons: interpreters, by the option that gives them.
+    """
+    script, environment = PLACES[library]
+    return run_peer(
+        pythons[environment.option],
+        method,
+        model,
+        sequences,
+        threads=threads,
+        work=work,
+        script=script,
+        environment=environment,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
 def run_peer(
     python: str | None,
     method: str,
@@ -76,17 +138,18 @@ def run_peer(
     threads: int,
     work: Path,
     script: Path = SCRIPT,
+    environment: Environment = PEERS,
     bits: int = 4,
     group_size: int = 128,
 ) -> Answer:
-    """Quantize `model` in the environment of the interpreter `python`; `work` takes the files.
+    """Quantize `model` in `environment`, with its interpreter `python`; `work` takes the files.
 
     Raises:
         PeerMissingError: no interpreter is given, or it lacks the library.
         PeerError: the child process has failed.
     """
     if python is None:
-        raise PeerMissingError("no --peers-python is given")
+        raise PeerMissingError(f"no {environment.option} is given", environment)
     tokens = work / "tokens.json"
     tokens.write_text(json.dumps([list(ids) for ids in sequences]), encoding="utf-8")
     weights, result = work / "weights.safetensors", work / "result.json"
@@ -95,29 +158,31 @@ def run_peer(
     job_file = work / "job.json"
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     result.unlink(missing_ok=True)
-    _call([python, str(script), str(job_file)], threads, work)
+    try:
+        _call([python, str(script), str(job_file)], threads, work)
+    except OSError as error:
+        why = f"{python} cannot be run ({error.strerror})"
+        raise PeerMissingError(why, environment) from error
     if not result.exists():
         raise PeerError(f"{script.name} ended without an answer.")
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "missing" in answer:
-        raise PeerMissingError(f"the environment of --peers-python lacks {answer['missing']}")
+        why = f"the environment of {environment.option} lacks {answer['missing']}"
+        raise PeerMissingError(why, environment)
     return Answer(answer["seconds"], answer["versions"], load_file(weights))
 
 
 def _call(command: list[str], threads: int, work: Path) -> None:
-    environment = {
+    variables = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         # Else our files beside the script would stand for libraries that are named like them.
         "PYTHONSAFEPATH": "1",
     }
-    try:
-        done = subprocess.run(
-            command, cwd=work, env=environment, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise PeerMissingError(f"{command[0]} cannot be run ({error.strerror})") from error
+    done = subprocess.run(
+        command, cwd=work, env=variables, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-15:])
         raise PeerError(f"The other library failed with exit status {done.returncode}:\n{tail}")

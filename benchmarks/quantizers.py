@@ -1,4 +1,4 @@
-"""Time and layer output error of a quantizer, beside the same work in llmcompressor."""
+"""Time and layer output error of a quantizer, beside the same work in another library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from benchmarks.peers import Answer, PeerMissingError, original_weights, run_peer
+from benchmarks.peers import Answer, PeerMissingError, ask, original_weights
 from benchmarks.settings import Benchmark, load, say
 from benchmarks.tables import Sample, Section, number, ratio, seconds
 from pytest_qlab import Lab
@@ -24,6 +24,19 @@ from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizabl
 OURS = {
     "gptq": ("gptq",),
     "awq": ("awq", "awq:clip=false:duo_scaling=true"),
+}
+# The other library's clock, and what else is the same.
+TIMED = {
+    "llmcompressor": "llmcompressor's `oneshot` from the loaded model to the quantized model in "
+    "memory. Both compute in float32, on the same token ids with the same threads.",
+    "gptqmodel": "gptqmodel's `quantize` from the loaded model to the packed model in memory. Both "
+    "compute in float32, on the same token ids with the same threads of torch; gptqmodel's own "
+    "workers share as many cores.",
+}
+OPTIONS = {
+    "llmcompressor": "its own defaults",
+    "gptqmodel": "act-order with static groups, 1 % damping, `true_sequential=False`, all else its "
+    "own defaults",
 }
 HEADER = (
     "quantizer",
@@ -50,7 +63,9 @@ class Measured:
         self.summed = fsum(each.relative_output_error or 0.0 for each in errors)
 
 
-def benchmark_quantizer(method: str, benchmark: Benchmark) -> Section:
+def benchmark_quantizer(
+    method: str, benchmark: Benchmark, library: str = "llmcompressor"
+) -> Section:
     """Repeat ours and theirs in turns, and judge both on the original model's Gram matrices."""
     specs = OURS[method]
     found = {spec: Measured() for spec in (*specs, "rtn")}
@@ -68,9 +83,9 @@ def benchmark_quantizer(method: str, benchmark: Benchmark) -> Section:
                     measured.judge(layer_errors(judge, weights))
             if missing:
                 continue
-            say(f"{method}: llmcompressor, repetition {repetition + 1}/{benchmark.repeat}")
+            say(f"{method}: {library}, repetition {repetition + 1}/{benchmark.repeat}")
             try:
-                answer = quantize_theirs(method, benchmark, judge, work)
+                answer = quantize_theirs(library, method, benchmark, judge, work)
             except PeerMissingError as error:
                 missing = str(error)
                 continue
@@ -78,12 +93,14 @@ def benchmark_quantizer(method: str, benchmark: Benchmark) -> Section:
             versions = answer.versions
             if first:
                 peer.judge(layer_errors(judge, original_weights(answer.tensors, weights_of(judge))))
-    section = Section(f"{method.upper()}, 4 bits, groups of 128, with zero points", HEADER)
-    section.rows = rows(found, None if missing else peer, missing)
-    section.notes = notes(versions)
+    title = f"{method.upper()}, 4 bits, groups of 128, with zero points"
+    beside = "" if library == "llmcompressor" else f", beside {library}"
+    section = Section(title + beside, HEADER)
+    section.rows = rows(found, None if missing else peer, missing, library)
+    section.notes = notes(versions, library)
     section.raw = {
         "ours": {spec: vars(measured) for spec, measured in found.items()},
-        "llmcompressor": {"missing": missing} if missing else vars(peer),
+        library: {"missing": missing} if missing else vars(peer),
         "versions": versions,
     }
     return section
@@ -104,10 +121,13 @@ def quantize_ours(spec: str, benchmark: Benchmark) -> tuple[float, dict[str, Ten
         }
 
 
-def quantize_theirs(method: str, benchmark: Benchmark, judge: Lab, work: Path) -> Answer:
+def quantize_theirs(
+    library: str, method: str, benchmark: Benchmark, judge: Lab, work: Path
+) -> Answer:
     """The same on the same tokens, in the comparison environment."""
-    return run_peer(
-        benchmark.peers_python,
+    return ask(
+        library,
+        benchmark.pythons,
         method,
         resolve(benchmark.model).resolve(),
         judge.calibration.sequences,
@@ -133,7 +153,9 @@ def layer_errors(judge: Lab, weights: Mapping[str, Tensor]) -> list[WeightError]
     return errors
 
 
-def rows(found: Mapping[str, Measured], peer: Measured | None, missing: str) -> list[list[str]]:
+def rows(
+    found: Mapping[str, Measured], peer: Measured | None, missing: str, library: str
+) -> list[list[str]]:
     """One row for each quantizer; the peer's is last and is what the ratios are over."""
     made = []
     for spec, measured in found.items():
@@ -144,8 +166,8 @@ def rows(found: Mapping[str, Measured], peer: Measured | None, missing: str) -> 
             summed_ratio = number(measured.summed / peer.summed) + "x"
         made.append([spec, *_cells(measured, time_ratio, whole_ratio, summed_ratio)])
     if peer is None:
-        return [*made, ["llmcompressor", missing, *["-"] * (len(HEADER) - 2)]]
-    return [*made, ["llmcompressor", *_cells(peer, "1", "1", "1")]]
+        return [*made, [library, missing, *["-"] * (len(HEADER) - 2)]]
+    return [*made, [library, *_cells(peer, "1", "1", "1")]]
 
 
 def _cells(measured: Measured, time_ratio: str, whole: str, summed: str) -> list[str]:
@@ -159,15 +181,13 @@ def _cells(measured: Measured, time_ratio: str, whole: str, summed: str) -> list
     ]
 
 
-def notes(versions: Mapping[str, str]) -> list[str]:
+def notes(versions: Mapping[str, str], library: str) -> list[str]:
     """What the table's numbers are."""
     listed = ", ".join(f"{name} {value}" for name, value in versions.items())
     return [
         "Ours is timed from the loaded model to the packed checkpoint on disk, calibration "
-        "included; llmcompressor's `oneshot` from the loaded model to the quantized model in "
-        "memory. Both compute in float32, on the same token ids with the same threads. The output "
-        "error is the squared error of the layers' outputs over the squared outputs, on the "
-        "original model's calibration inputs, computed by our code for both; scales that a method "
+        f"included; {TIMED[library]} The output error is the squared error of the layers' outputs "
+        "over the squared outputs, on the original model's calibration inputs, computed by our code for both; scales that a method "
         "has folded into other layers are taken back first.",
-        *([f"Comparison environment: {listed}; its own defaults."] if listed else []),
+        *([f"Comparison environment: {listed}; {OPTIONS[library]}."] if listed else []),
     ]

@@ -29,6 +29,7 @@ from pytest_qlab.specs import DEFAULT_SPECS
 
 PARTS: dict[str, Callable[[Benchmark], Section]] = {
     "gptq": partial(benchmark_quantizer, "gptq"),
+    "gptqmodel": partial(benchmark_quantizer, "gptq", library="gptqmodel"),
     "awq": partial(benchmark_quantizer, "awq"),
     "libraries": benchmark_libraries,
     "products": benchmark_products,
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         length=options.length,
         methods=tuple(options.methods.split(",")),
         peers_python=options.peers_python,
+        gptqmodel_python=options.gptqmodel_python,
     )
     facts = describe(benchmark)
     print("\n".join(table(("", ""), [[key, str(value)] for key, value in facts.items()])))
@@ -97,6 +99,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=interpreter,
         metavar="PATH",
         help="Python of an environment with benchmarks/requirements-peers.txt",
+    )
+    parser.add_argument(
+        "--gptqmodel-python",
+        type=interpreter,
+        metavar="PATH",
+        help="Python of an environment with benchmarks/requirements-gptqmodel.txt",
     )
     parser.add_argument(
         "--threads",

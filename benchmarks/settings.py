@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import GPTQMODEL, PEERS
 from pytest_qlab import Lab, __version__
 from pytest_qlab.machine import processor_name
 
@@ -27,7 +28,7 @@ class Benchmark:
         windows, sequences: most evaluation windows and calibration sequences.
         length: tokens in each of them.
         methods: specifications for the whole comparisons.
-        peers_python: interpreter of the comparison environment.
+        peers_python, gptqmodel_python: interpreters of the comparison environments.
     """
 
     model: str
@@ -38,6 +39,15 @@ class Benchmark:
     length: int
     methods: tuple[str, ...]
     peers_python: str | None
+    gptqmodel_python: str | None = None
+
+    @property
+    def pythons(self) -> dict[str, str | None]:
+        """The interpreters of the comparison environments, by the option that gives them."""
+        return {
+            PEERS.option: self.peers_python,
+            GPTQMODEL.option: self.gptqmodel_python,
+        }
 
     def lab(self, store: Path) -> Lab:
         """A lab over an own store, without anything loaded yet."""
