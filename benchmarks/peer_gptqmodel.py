@@ -74,6 +74,8 @@ def configuration(job: dict[str, Any]) -> Any:
         true_sequential=False,
         offload_to_disk=False,
         device="cpu",
+        # The older format holds zero points less one.
+        format="gptq_v2",
     )
 
 

@@ -187,7 +187,7 @@ def notes(versions: Mapping[str, str], library: str) -> list[str]:
     return [
         "Ours is timed from the loaded model to the packed checkpoint on disk, calibration "
         f"included; {TIMED[library]} The output error is the squared error of the layers' outputs "
-        "over the squared outputs, on the original model's calibration inputs, computed by our code for both; scales that a method "
-        "has folded into other layers are taken back first.",
+        "over the squared outputs, on the original model's calibration inputs, computed by our "
+        "code for both; scales that a method has folded into other layers are taken back first.",
         *([f"Comparison environment: {listed}; {OPTIONS[library]}."] if listed else []),
     ]

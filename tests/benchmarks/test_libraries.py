@@ -64,6 +64,8 @@ def test_every_pair_names_a_method_of_both_sides(tmp_path: Path) -> None:
         assert all(lab.candidate(spec) for spec in pair.ours)
         if pair.library == libraries.OTHER:
             assert pair.method in {*SCHEMES, "gptq", "awq"}
+        elif pair.library == "gptqmodel":
+            assert pair.method == "gptq"
         else:
             assert QUANTIZERS[pair.method][0] == pair.library
 
