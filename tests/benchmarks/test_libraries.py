@@ -74,7 +74,11 @@ def test_the_table_has_a_row_for_each_of_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a peer that rounds to sixteenths, and so is far from ours of 8 bits."""
-    monkeypatch.setattr(libraries, "PAIRS", (Pair(("rtn:bits=8", "rtn"), "hqq", "16ths", "hqq"),))
+    pairs = (
+        Pair(("rtn:bits=8", "rtn"), "hqq", "16ths", "hqq"),
+        Pair(("rtn",), "gptqmodel", "there, too", "gptq"),
+    )
+    monkeypatch.setattr(libraries, "PAIRS", pairs)
     model = saved_tiny_model(tmp_path / "model")
     out = tmp_path / "out.json"
     arguments = ["--only=libraries", f"--model={model}", "--threads=1", "--windows=2"]
@@ -83,7 +87,11 @@ def test_the_table_has_a_row_for_each_of_ours(
     assert "no --peers-python is given. Install" in capsys.readouterr().out
     python = fake_python(tmp_path, FAKE_PEER.replace("scale[::2] = 2", "pass"))
     assert main([*arguments, f"--peers-python={python}"]) == 0
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "16ths" in line]
+    printed = capsys.readouterr().out
+    assert "no --gptqmodel-python is given. Install" in printed
+    assert "Comparison environment of `--peers-python`: fake 1.0." in printed
+    assert "Comparison environment of `--gptqmodel-python`" not in printed
+    lines = [line.split("|") for line in printed.splitlines() if "16ths" in line]
     assert [line[3].strip() for line in lines] == ["`rtn:bits=8`", "`rtn`"]
     first, second = json.loads(out.read_text())["libraries"].values()
     assert first["kl_theirs"] == second["kl_theirs"] > first["kl_ours"] > 0
