@@ -21,6 +21,7 @@ from pytest_qlab.candidate import Candidate
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.lab import Lab
 from pytest_qlab.models.structure import all_linears
+from scripts import markdown
 from scripts.update_readme import replaced
 
 METHODS: Mapping[int, tuple[str, ...]] = {
@@ -150,9 +151,7 @@ def table(lab: Lab, specs: Sequence[str]) -> str:
         candidate = lab.candidate(spec)
         rows.append(row(candidate))
         candidate.release()
-    lines = [list(HEAD), ["---", *["---:"] * (len(HEAD) - 1)]]
-    lines += [cells for _, cells in sorted(rows, key=lambda each: each[0])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(HEAD, [cells for _, cells in sorted(rows, key=lambda each: each[0])])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

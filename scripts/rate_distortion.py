@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.registry import _BUILTIN, find_method
+from scripts import markdown
 from scripts.update_readme import replaced
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_qlab.formats.base import PackedWeight
 
 ROWS, COLUMNS = 256, 4096
+HEAD = ("", "bits per weight", "MSE / variance", "dB above the bound", "bits above the bound")
 MOST_METADATA = 1024
 WIDTHS = ("bits", "type")
 GROUP_SIZES = (32, 128, -1)
@@ -251,16 +253,17 @@ def reference_points() -> Iterator[Point]:
 
 def table(points: Sequence[Point]) -> str:
     """A Markdown table, from few bits to many."""
-    lines = [
-        "| | bits per weight | MSE / variance | dB above the bound | bits above the bound |",
-        "| --- | --: | --: | --: | --: |",
+    rows = [
+        [
+            point.name,
+            f"{point.bits:.3f}",
+            f"{point.distortion:.3g}",
+            f"{point.decibels:.2f}",
+            f"{point.excess_bits:.2f}",
+        ]
+        for point in sorted(points, key=lambda point: (point.bits, point.distortion))
     ]
-    for point in sorted(points, key=lambda point: (point.bits, point.distortion)):
-        lines.append(
-            f"| {point.name} | {point.bits:.3f} | {point.distortion:.3g} | {point.decibels:.2f} "
-            f"| {point.excess_bits:.2f} |"
-        )
-    return "\n".join(lines)
+    return markdown.table(HEAD, rows)
 
 
 def report(rows: int, columns: int, names: Sequence[str] = ()) -> str:

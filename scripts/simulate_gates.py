@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from pytest_qlab.stats.bootstrap import cluster_counts, clustered_quantiles
+from scripts.markdown import table
 from scripts.simulation import GATED, MEASURES, Gate, Population, Simulation, simulate
 from scripts.update_readme import replaced
 
@@ -87,12 +88,6 @@ def simulate_all(population: Population, evaluation: int, plan: Plan) -> dict[st
 # --- tables --------------------------------------------------------------------------------------
 
 Found = Mapping[str, Mapping[str, Simulation]]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def percent(share: float) -> str:

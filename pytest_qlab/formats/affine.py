@@ -14,9 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from pytest_qlab.errors import CorruptEntryError
-from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor
-from pytest_qlab.formats.bits import WIDTHS, pack, packed_width, unpack
+from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor, stored_width
+from pytest_qlab.formats.bits import pack, packed_width, unpack
 
 SMALLEST_FLOAT16_SCALE = 2.0**-17
 
@@ -162,13 +161,8 @@ class AffineGroups(PackedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        bits, group_size = metadata["bits"], metadata["group_size"]
+        bits, group_size = stored_width(metadata["bits"]), metadata["group_size"]
         rows, columns = metadata["shape"]
-        if bits not in WIDTHS:
-            raise CorruptEntryError(
-                f"A packed weight claims codes of {bits!r} bits; expected one of {WIDTHS}. The "
-                "stored artefact is damaged: delete it and run again."
-            )
         groups = group_count(columns, group_size)
         zeros, column_groups = None, None
         if "zeros" in tensors:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.formats.bits import WIDTHS
 
 
 class PackedWeight(ABC):
@@ -82,6 +83,21 @@ def load_packed(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
             "is not installed: delete the stored artefact, or install what wrote it."
         )
     return _formats[str(name)].from_tensors(tensors, metadata)
+
+
+def stored_width(bits: Any) -> int:
+    """The width of stored codes, which must be one that can be packed.
+
+    Raises:
+        CorruptEntryError: it is not.
+    """
+    if bits not in WIDTHS:
+        raise CorruptEntryError(
+            f"A packed weight claims codes of {bits!r} bits; expected one of {WIDTHS}. The stored "
+            "artefact is damaged: delete it and run again."
+        )
+    width: int = bits
+    return width
 
 
 def stored_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

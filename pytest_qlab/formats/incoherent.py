@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
-from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor
-from pytest_qlab.formats.bits import WIDTHS, pack, packed_width, unpack
+from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor, stored_width
+from pytest_qlab.formats.bits import pack, packed_width, unpack
 from pytest_qlab.formats.transforms import Transform
 
 
@@ -114,13 +114,8 @@ class Incoherent(PackedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        bits, order = metadata["bits"], metadata["rotated_rows"]
+        bits, order = stored_width(metadata["bits"]), metadata["rotated_rows"]
         rows, columns = metadata["shape"]
-        if bits not in WIDTHS:
-            raise CorruptEntryError(
-                f"A packed weight claims codes of {bits!r} bits; expected one of {WIDTHS}. The "
-                "stored artefact is damaged: delete it and run again."
-            )
         taken, column_scales = None, None
         if "rows" in tensors:
             taken = stored_tensor(tensors, "rows", (rows,))

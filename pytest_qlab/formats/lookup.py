@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
-from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor
-from pytest_qlab.formats.bits import WIDTHS, pack, packed_width, unpack
+from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor, stored_width
+from pytest_qlab.formats.bits import pack, packed_width, unpack
 
 SMALLEST_FLOAT16_ENTRY = 2.0**-14
 
@@ -87,13 +87,8 @@ class RowLookup(PackedWeight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        bits = metadata["bits"]
+        bits = stored_width(metadata["bits"])
         rows, columns = metadata["shape"]
-        if bits not in WIDTHS:
-            raise CorruptEntryError(
-                f"A packed weight claims codes of {bits!r} bits; expected one of {WIDTHS}. The "
-                "stored artefact is damaged: delete it and run again."
-            )
         length = table_length(columns, bits)
         found = cls(
             stored_tensor(tensors, "codes", (rows, packed_width(columns, bits))),

@@ -83,7 +83,8 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
             return Choice(source, reason)
         try:
             module = kind(source)
-            error = largest_error(module, source, weight)
+            rows = probe(source, weight)
+            error = largest_error(module, source, weight, rows)
         except RuntimeError as failure:  # whatever an operator makes of a shape or a processor
             return Choice(source, f"{kind.kernel} failed: {str(failure).splitlines()[0]}")
         if not error <= TOLERANCE:  # nor if it is NaN
@@ -94,7 +95,7 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
         if isinstance(module, CrossedLinear):
             module.most_rows = crossover(module)
         else:
-            factor = slowdown(module, source, probe(source, weight))
+            factor = slowdown(module, source, rows)
             if factor > SLOWEST:
                 return Choice(
                     source, f"{kind.kernel} takes {factor:.0f} times as long as dequantizing here"
@@ -103,13 +104,14 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
     return Choice(source, f"there is no {source.wanted_kernel} kernel here")
 
 
-def largest_error(module: KernelLinear, source: PackedLinear, weight: Tensor) -> float:
+def largest_error(
+    module: KernelLinear, source: PackedLinear, weight: Tensor, rows: Tensor
+) -> float:
     """The worst output channel's error against `weight`, the source's, multiplied in float32.
 
     Of every path, with one row and with several. Relative to the norm of the channel's outputs, or
     to what that is for inputs of no direction, if that is more.
     """
-    rows = probe(source, weight)
     inputs = rows if source.activation is None else source.activation(rows)
     exact = inputs.to(torch.float32) @ weight.t()
     errors = []

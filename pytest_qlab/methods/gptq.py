@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Bits, Method, QuantizedLayer, Statistic, Stream
-from pytest_qlab.methods.inputs import GroupSize, check_statistics, check_weight
+from pytest_qlab.methods.inputs import GroupSize, check_statistics, check_weight, solving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +79,7 @@ class Gptq(Method):
         self, weights: Mapping[str, Tensor], statistics: LayerStatistics | None
     ) -> list[QuantizedLayer]:
         """Solve layers that read the same inputs with one factorization of their Gram matrix."""
-        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError, gptq_solve_shared
+        from pytest_qlab.solvers.gptq import gptq_solve_shared
         from pytest_qlab.solvers.grid import GridRule, round_to_nearest
 
         for name, weight in weights.items():
@@ -92,7 +91,7 @@ class Gptq(Method):
                 QuantizedLayer(round_to_nearest(weight, rule, self.group_size).pack())
                 for weight in weights.values()
             ]
-        try:
+        with solving("GPTQ", weights, known.tokens):
             solutions = gptq_solve_shared(
                 list(weights.values()),
                 known.gram,
@@ -103,10 +102,4 @@ class Gptq(Method):
                 damp_percent=self.damp_percent,
                 block_size=self.block_size,
             )
-        except NotPositiveDefiniteError as error:
-            raise MethodError(
-                f"GPTQ cannot solve {' and '.join(weights) or 'a layer'}: the Gram matrix of "
-                f"{known.tokens} calibration inputs is not positive definite, however it is "
-                "damped. Calibrate on more text, or leave the layer to another method."
-            ) from error
         return [QuantizedLayer(solution.quantized.pack()) for solution in solutions]

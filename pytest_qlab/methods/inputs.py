@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
@@ -54,6 +56,30 @@ def check_weight(weight: Tensor, name: str) -> None:
             f"The weight of {name or 'a layer'} reaches {largest:.3g}, more than float32 can be "
             f"quantized with ({LARGEST_WEIGHT:g}). Check the checkpoint: it may be damaged."
         )
+
+
+@contextmanager
+def solving(method: str, names: Iterable[str], tokens: int) -> Iterator[None]:
+    """Turn a Gram matrix that cannot be factored into an error that names the layers.
+
+    Args:
+        method: as messages call it.
+        names: of the layers that read the inputs.
+        tokens: of calibration, of which the Gram matrix is.
+
+    Raises:
+        MethodError: it cannot be factored, however it is damped.
+    """
+    from pytest_qlab.solvers.gptq import NotPositiveDefiniteError
+
+    try:
+        yield
+    except NotPositiveDefiniteError as error:
+        raise MethodError(
+            f"{method} cannot solve {' and '.join(names) or 'a layer'}: the Gram matrix of "
+            f"{tokens} calibration inputs is not positive definite, however it is damped. "
+            "Calibrate on more text, or leave the layer to another method."
+        ) from error
 
 
 def check_statistics(

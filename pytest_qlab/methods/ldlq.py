@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Method, QuantizedLayer, Statistic, Stream
-from pytest_qlab.methods.inputs import check_statistics, check_weight
+from pytest_qlab.methods.inputs import check_statistics, check_weight, solving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +51,6 @@ class Ldlq(Method):
     ) -> QuantizedLayer:
         """Solve one layer; rounds to nearest if no calibration token has reached it."""
         from pytest_qlab.solvers.codebook import round_nearest
-        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError
         from pytest_qlab.solvers.ldlq import ldlq
 
         check_weight(weight, name)
@@ -61,7 +59,7 @@ class Ldlq(Method):
         if not known.tokens or known.gram is None:
             return QuantizedLayer(round_nearest(weight, codebook))
         points = codebook.fit(weight)
-        try:
+        with solving("LDLQ", [name], known.tokens):
             solution = ldlq(
                 weight,
                 known.gram,
@@ -70,12 +68,6 @@ class Ldlq(Method):
                 damp_percent=self.damp_percent,
                 greedy_passes=self.greedy_passes,
             )
-        except NotPositiveDefiniteError as error:
-            raise MethodError(
-                f"LDLQ cannot solve {name or 'a layer'}: the Gram matrix of {known.tokens} "
-                "calibration inputs is not positive definite, however it is damped. Calibrate on "
-                "more text, or leave the layer to another method."
-            ) from error
         return QuantizedLayer(points.pack(solution.codes))
 
     def _codebook(self, weight: Tensor, known: LayerStatistics) -> Codebook:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Method, QuantizedLayer, Statistic, Stream
-from pytest_qlab.methods.inputs import check_statistics, check_weight
+from pytest_qlab.methods.inputs import check_statistics, check_weight, solving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +52,11 @@ class Quip(Method):
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
     ) -> QuantizedLayer:
         """Solve one layer; rounds the rotated weight if no calibration token has reached it."""
-        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError
         from pytest_qlab.solvers.incoherence import quip_solve
 
         check_weight(weight, name)
         known = check_statistics(statistics, weight, name, self.name, gram=True)
-        try:
+        with solving("QuIP", [name], known.tokens):
             packed = quip_solve(
                 weight,
                 known.gram if known.tokens else None,
@@ -69,10 +67,4 @@ class Quip(Method):
                 seed=self.seed,
                 greedy_passes=self.greedy_passes,
             )
-        except NotPositiveDefiniteError as error:
-            raise MethodError(
-                f"QuIP cannot solve {name or 'a layer'}: the Gram matrix of {known.tokens} "
-                "calibration inputs is not positive definite, however it is damped. Calibrate on "
-                "more text, or leave the layer to another method."
-            ) from error
         return QuantizedLayer(packed)

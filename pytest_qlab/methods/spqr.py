@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Bits, Method, QuantizedLayer, Statistic, Stream
-from pytest_qlab.methods.inputs import GroupSize, check_statistics, check_weight
+from pytest_qlab.methods.inputs import GroupSize, check_statistics, check_weight, solving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,6 @@ class Spqr(Method):
         self, weights: Mapping[str, Tensor], statistics: LayerStatistics | None
     ) -> list[QuantizedLayer]:
         """Solve layers that read the same inputs with one factorization of their Gram matrix."""
-        from pytest_qlab.solvers.gptq import NotPositiveDefiniteError
         from pytest_qlab.solvers.spqr import SpqrRule, spqr_solve_shared
 
         for name, weight in weights.items():
@@ -79,7 +77,7 @@ class Spqr(Method):
             self.outlier_threshold,
             self.leave_one_out,
         )
-        try:
+        with solving("SpQR", weights, known.tokens):
             solutions = spqr_solve_shared(
                 list(weights.values()),
                 known.gram if known.tokens else None,
@@ -87,10 +85,4 @@ class Spqr(Method):
                 desc_act=self.desc_act,
                 damp_percent=self.damp_percent,
             )
-        except NotPositiveDefiniteError as error:
-            raise MethodError(
-                f"SpQR cannot solve {' and '.join(weights) or 'a layer'}: the Gram matrix of "
-                f"{known.tokens} calibration inputs is not positive definite, however it is "
-                "damped. Calibrate on more text, or leave the layer to another method."
-            ) from error
         return [QuantizedLayer(solution.pack()) for solution in solutions]

@@ -111,8 +111,6 @@ def tiny_lab(store: str | Path, **options: Any) -> Lab:
         options: of `Lab`, which override these.
     """
     arguments: dict[str, Any] = {
-        "model": tiny_model(),
-        "tokenizer": tiny_tokenizer(),
         "evaluation": tiny_documents(6, seed=1),
         "calibration": tiny_documents(8, seed=2),
         "window_length": 48,
@@ -120,6 +118,8 @@ def tiny_lab(store: str | Path, **options: Any) -> Lab:
         "threads": 1,
         **options,
     }
+    if "model" not in options:
+        arguments = {"model": tiny_model(), "tokenizer": tiny_tokenizer(), **arguments}
     return Lab(store=store, **arguments)
 
 

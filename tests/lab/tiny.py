@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pytest_qlab import Document, Lab
+from pytest_qlab import Document, Lab, testing
 from tests.architectures import ARCHITECTURES, character_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz     ,.\n"
@@ -21,17 +21,14 @@ def documents(count: int, seed: int, length: int = 150) -> list[Document]:
 
 
 def tiny_lab(store: Path, architecture: str = "llama", **options: Any) -> Lab:
-    arguments: dict[str, Any] = {
+    given: dict[str, Any] = {
+        "model": ARCHITECTURES[architecture](),
+        "tokenizer": character_tokenizer(),
         "evaluation": documents(6, seed=1),
         "calibration": documents(8, seed=2),
-        "window_length": 48,
-        "calibration_length": 32,
-        "threads": 1,
         **options,
     }
-    return Lab(
-        ARCHITECTURES[architecture](), tokenizer=character_tokenizer(), store=store, **arguments
-    )
+    return testing.tiny_lab(store, **given)
 
 
 def saved_tiny_model(directory: Path, architecture: str = "llama") -> Path:
