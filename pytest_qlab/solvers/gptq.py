@@ -12,7 +12,8 @@ QuIP, arXiv 2307.13304, prove the equivalence). Only a grid that is fitted on th
 blocks, the inverses of R's, because the reference fits it to weights as they are between columns.
 
 Nearly all of the time is in matrix products: a few columns at a time take over what all blocks
-before contribute in one product, so that a single column only meets the others of its few.
+before contribute in one product, so that a single column only meets the others of its few. On a
+GPU the operations of a block are launched as one graph.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.formats.affine import group_length
+from pytest_qlab.solvers.graphs import Graphed
 from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped
 
 SMALLEST_DAMP_STEP = 0.01
@@ -160,16 +162,24 @@ class _Solver:
         codes = torch.empty_like(w, dtype=torch.uint8)
         delta = torch.zeros_like(w)  # W - Q
         losses = torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
-        for start in range(0, len(w), self.block_size):
+        starts = range(0, len(w), self.block_size)
+        take = Graphed(walk, w.device, len(starts))
+        for start in starts:
             stop = min(start + self.block_size, len(w))
             if not self.fitted_before:
                 self._fit_groups(start, stop, w, delta, grid, rule)
             of_column = self.groups[start:stop]
             scale, zero = grid.scale[of_column].to(w.dtype), grid.zero[of_column]
             reached = w[start:stop] + self.feedback[start:stop, :start] @ delta[:start]
-            # Whole numbers from the zero point, whose bounds are those of the codes.
-            bounds = -zero, 2**rule.bits - 1 - zero
-            steps = self._round(start, reached, w[start:stop], delta[start:stop], scale, bounds)
+            steps, delta[start:stop], reached = take(
+                self.feedback[start:stop, start:stop],
+                reached,
+                w[start:stop],
+                scale,
+                # Whole numbers from the zero point, whose bounds are those of the codes.
+                -zero,
+                2**rule.bits - 1 - zero,
+            )
             codes[start:stop] = steps + zero
             errors = reached - steps * scale
             losses += (errors * self.r.diagonal()[start:stop, None]).square().sum(0)
@@ -210,48 +220,40 @@ class _Solver:
                 seen[j - start : j - start + self.length].T
             )
 
-    def _round(
-        self,
-        start: int,
-        reached: Tensor,
-        w: Tensor,
-        delta: Tensor,
-        scale: Tensor,
-        bounds: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Round the columns of a block, one after the other; all tensors are (columns, m).
 
-        Args:
-            start: the block's first column.
-            reached: the weights after the updates of all blocks before; those of the columns before
-                in the same block are added to it.
-            w: the weights themselves.
-            delta: takes W - Q; zeros until then.
-            scale: of each weight.
-            bounds: the least and the greatest step of each weight.
+def walk(
+    feedback: Tensor, reached: Tensor, w: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round the columns of a block, one after the other; tensors are (columns, m).
 
-        Returns:
-            each weight's steps from its zero point, whole numbers.
-        """
-        steps = torch.empty_like(reached)
-        feedback = self.feedback[start : start + len(w), start : start + len(w)]
-        for first in range(0, len(w), STEP):
-            few = slice(first, first + STEP)
-            reached[few].addmm_(feedback[few, :first], delta[:first])
-            known = delta[few].T  # zeros for columns that are still to come
-            # Five operations a column, all in place: what they cost is the time it takes to start
-            # them. The views they work on are made beforehand.
-            low, high = bounds[0][few].unbind(), bounds[1][few].unbind()
-            columns = reached[few].unbind(), feedback[few, few].unbind(), scale[few].unbind()
-            made = steps[few].unbind(), w[few].unbind(), delta[few].unbind()
-            for column, before, unit, least, most, step, weight, error in zip(
-                *columns, low, high, *made, strict=True
-            ):
-                column.addmv_(known, before)
-                torch.div(column, unit, out=step).round_()
-                torch.clamp(step, least, most, out=step)
-                torch.addcmul(weight, step, unit, value=-1, out=error)
-        return steps
+    Args:
+        feedback: (columns, columns): row j what the errors of others add to column j.
+        reached: the weights after the updates of all blocks before; those of the columns before
+            in the same block are added to it, in place.
+        w: the weights themselves.
+        scale: of each weight.
+        low, high: the least and the greatest step of each weight.
+
+    Returns:
+        each weight's steps from its zero point, whole numbers; W - Q; `reached`.
+    """
+    steps, delta = torch.empty_like(reached), torch.zeros_like(w)
+    for first in range(0, len(w), STEP):
+        few = slice(first, first + STEP)
+        reached[few].addmm_(feedback[few, :first], delta[:first])
+        known = delta[few].T  # zeros for columns that are still to come
+        # Five operations a column, all in place: what they cost is the time it takes to start
+        # them. The views they work on are made beforehand.
+        columns = reached[few].unbind(), feedback[few, few].unbind(), scale[few].unbind()
+        made = steps[few].unbind(), w[few].unbind(), delta[few].unbind()
+        for column, before, unit, least, most, step, weight, error in zip(
+            *columns, low[few].unbind(), high[few].unbind(), *made, strict=True
+        ):
+            column.addmv_(known, before)
+            torch.div(column, unit, out=step).round_()
+            torch.clamp(step, least, most, out=step)
+            torch.addcmul(weight, step, unit, value=-1, out=error)
+    return steps, delta, reached
 
 
 def factor(h: Tensor, damp_percent: float, mean: Tensor | None = None) -> tuple[Tensor, float]:

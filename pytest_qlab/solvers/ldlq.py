@@ -13,6 +13,7 @@ whose scheme of blocks this is; but what a column can become is asked of the cod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pytest_qlab.solvers.codebook import Points
 from pytest_qlab.solvers.gptq import STEP, factor
+from pytest_qlab.solvers.graphs import Graphed
 
 Order = Literal["first", "last", "active"]
 """Which column is taken first: the first (GPTQ), the last (LDLQ), or that with the most active
@@ -78,31 +80,24 @@ def ldlq(
     h = h.index_select(0, taken).index_select(1, taken)
     r, damping = factor(h, damp_percent)
     w = weight.to(work).masked_fill(dead, 0).index_select(1, taken).T.contiguous()
-    state = _State(w, points, taken)
     feedback = (r / r.diagonal()).T.contiguous()
+    made = _Made(torch.empty(0), torch.zeros_like(w))
     losses = torch.zeros((), dtype=torch.float64, device=w.device)
-    for start in range(0, len(w), block_size):
-        stop = min(start + block_size, len(w))
-        reached = w[start:stop] + feedback[start:stop, :start] @ state.delta[:start]
-        within = feedback[start:stop, start:stop]
-        for first in range(0, stop - start, STEP):
-            few = range(first, min(first + STEP, stop - start))
-            known = state.delta[start : start + first]
-            reached[few.start : few.stop].addmm_(within[few.start : few.stop, :first], known)
-            known = state.delta[start + first : start + few.stop].T
-            for i in few:
-                # Zeros for columns that are still to come.
-                reached[i].addmv_(known, within[i, first : few.stop])
-                state.take(start + i, reached[i])
-        errors = (reached - state.made[start:stop]) * r.diagonal()[start:stop, None]
+    starts = range(0, len(w), block_size)
+    take = Graphed(partial(walk, points), w.device, len(starts))
+    for start in starts:
+        block = slice(start, min(start + block_size, len(w)))
+        reached = w[block] + feedback[block, :start] @ made.delta[:start]
+        codes, delta, reached = take(feedback[block, block], reached, w[block], taken[block])
+        made.put(block, codes, delta)
+        errors = (reached - (w[block] - delta)) * r.diagonal()[block, None]
         losses += errors.to(torch.float64).square().sum()
     loss = float(losses)
     if greedy_passes:
         h.diagonal().add_(damping * h.diagonal().mean())
-        state.descend(h, greedy_passes, block_size)
-        loss = float((state.delta * (h @ state.delta)).sum(dtype=torch.float64))
-    codes = state.codes.T.index_select(1, taken.argsort())
-    return LdlqSolution(codes, loss, damping)
+        descend(points, w, h, taken, made, greedy_passes, block_size)
+        loss = float((made.delta * (h @ made.delta)).sum(dtype=torch.float64))
+    return LdlqSolution(made.codes.T.index_select(1, taken.argsort()), loss, damping)
 
 
 def _order(diagonal: Tensor, order: Order) -> Tensor:
@@ -112,41 +107,101 @@ def _order(diagonal: Tensor, order: Order) -> Tensor:
     return position.flip(0) if order == "last" else position
 
 
-class _State:
-    """What the columns have become so far; all tensors are (n, m), in the order of taking."""
+@dataclass
+class _Made:
+    """Codes, and W - Q, of the columns so far; all tensors are (n, m), in the order of taking."""
 
-    def __init__(self, w: Tensor, points: Points, taken: Tensor) -> None:
-        self.w, self._points, self._columns = w, points, torch.split(taken, 1)
-        self.made = torch.zeros_like(w)
-        self.delta = torch.zeros_like(w)  # W - Q
-        self.codes = torch.empty(0)
+    codes: Tensor
+    delta: Tensor
 
-    def take(self, index: int, target: Tensor) -> None:
-        """Round a column to the points nearest to `target` (m,)."""
-        column = self._columns[index]
-        codes = self._points.nearest(target.unsqueeze(1), column)
+    def put(self, block: slice, codes: Tensor, delta: Tensor) -> None:
+        """What a block of columns has become."""
         if not len(self.codes):
-            self.codes = codes.new_empty(self.w.shape)
-        self.codes[index] = codes.squeeze(1)
-        self.made[index] = self._points.decode(codes, column).squeeze(1)
-        torch.sub(self.w[index], self.made[index], out=self.delta[index])
+            self.codes = codes.new_empty(self.delta.shape)
+        self.codes[block] = codes
+        self.delta[block] = delta
 
-    def descend(self, h: Tensor, passes: int, block_size: int) -> None:
-        """Round each column to the point nearest to its best value, all others as they are.
 
-        That never increases tr((W - Q) H (W - Q)^T) where points are of single weights. Ends early
-        where a pass changes nothing.
-        """
-        share = h / h.diagonal()[:, None]
-        share.fill_diagonal_(0)
-        for _ in range(passes):
-            before = self.codes.clone()
-            for start in range(0, len(h), block_size):
-                block = slice(start, min(start + block_size, len(h)))
-                within = share[block, block]
-                targets = self.w[block] + share[block] @ self.delta
-                targets -= within @ self.delta[block]
-                for i, target in enumerate(targets):
-                    self.take(start + i, target + within[i] @ self.delta[block])
-            if torch.equal(before, self.codes):
-                return
+def walk(
+    points: Points, feedback: Tensor, reached: Tensor, w: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round the columns of a block, one after the other.
+
+    Args:
+        points: what each weight can become.
+        feedback: (k, k), row j what the errors of others add to column j.
+        reached: (k, m), the weights after the updates of all blocks before; those of the columns
+            before in the same block are added to it, in place.
+        w: (k, m), the weights themselves.
+        columns: (k,), their places in the matrix, int64.
+
+    Returns:
+        codes (k, m); W - Q; `reached`.
+    """
+    codes, delta = [], torch.zeros_like(w)
+    places = torch.split(columns, 1)
+    for first in range(0, len(w), STEP):
+        few = slice(first, min(first + STEP, len(w)))
+        reached[few].addmm_(feedback[few, :first], delta[:first])
+        known = delta[few].T  # zeros for columns that are still to come
+        for i in range(few.start, few.stop):
+            reached[i].addmv_(known, feedback[i, few])
+            codes.append(_round(points, reached[i], w[i], places[i], delta[i]))
+    return torch.stack(codes), delta, reached
+
+
+def descend(
+    points: Points,
+    w: Tensor,
+    h: Tensor,
+    taken: Tensor,
+    made: _Made,
+    passes: int,
+    block_size: int,
+) -> None:
+    """Round each column to the point nearest to its best value, all others as they are.
+
+    That never increases tr((W - Q) H (W - Q)^T) where points are of single weights. Ends early
+    where a pass changes nothing.
+    """
+    share = h / h.diagonal()[:, None]
+    share.fill_diagonal_(0)
+    starts = range(0, len(h), block_size)
+    take = Graphed(partial(walk_again, points), w.device, passes * len(starts))
+    for _ in range(passes):
+        before = made.codes.clone()
+        for start in starts:
+            block = slice(start, min(start + block_size, len(h)))
+            within, delta = share[block, block], made.delta[block]
+            targets = w[block] + share[block] @ made.delta
+            targets -= within @ delta
+            made.put(block, *take(within, targets, w[block], delta, taken[block]))
+        if torch.equal(before, made.codes):
+            return
+
+
+def walk_again(
+    points: Points, within: Tensor, targets: Tensor, w: Tensor, delta: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block anew, one after the other; arguments as those of `walk`.
+
+    Args:
+        within: (k, k), zeros on its diagonal.
+        targets: (k, m), the columns' best values but for what the block's own errors add.
+        delta: (k, m), W - Q as it is.
+
+    Returns:
+        codes (k, m); W - Q.
+    """
+    codes, delta = [], delta.clone()
+    places = torch.split(columns, 1)
+    for i, target in enumerate(targets):
+        codes.append(_round(points, target + within[i] @ delta, w[i], places[i], delta[i]))
+    return torch.stack(codes), delta
+
+
+def _round(points: Points, target: Tensor, weight: Tensor, column: Tensor, error: Tensor) -> Tensor:
+    """Codes (m,) of the points nearest to `target` (m,); `error` takes what is left of `weight`."""
+    codes = points.nearest(target.unsqueeze(1), column)
+    torch.sub(weight, points.decode(codes, column).squeeze(1), out=error)
+    return codes.squeeze(1)

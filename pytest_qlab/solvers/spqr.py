@@ -30,6 +30,7 @@ from pytest_qlab.solvers.bilevel import (
     round_over_rows,
 )
 from pytest_qlab.solvers.gptq import factor, inverse
+from pytest_qlab.solvers.graphs import Graphed
 
 LARGEST_FLOAT16_WEIGHT = 2.0**12  # 16 times less than float16 holds, as updates may enlarge it
 UNUSED = 2.0**-10  # the square root of what an unused column counts, the most used being about 1
@@ -177,8 +178,9 @@ class _Solver:
         scaled = (weight.to(torch.float64) / unit).to(weight.dtype).masked_fill(self.dead, 0)
         w = scaled.index_select(1, self.order).T.contiguous()
         dtype = self.rule.dtype or self._storage(w, unit)
-        layer = _Layer(w, unit, dtype, self.rule, self.r, self._threshold(w))
-        for start in range(0, len(w), self.length):
+        starts = range(0, len(w), self.length)
+        layer = _Layer(w, unit, dtype, self.rule, self.r, self._threshold(w), len(starts))
+        for start in starts:
             layer.take(start, min(start + self.length, len(w)))
         back = self.order.argsort()
         length = self.length
@@ -236,6 +238,7 @@ class _Layer:
         rule: SpqrRule,
         r: Tensor,
         threshold: float,
+        groups: int,
     ) -> None:
         self.w, self.unit, self.dtype, self.rule, self.r = w, unit, dtype, rule, r
         self.threshold = threshold
@@ -246,28 +249,50 @@ class _Layer:
         self.scales: list[Rounded] = []
         self.zeros: list[Rounded] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=w.device)
+        self._take = Graphed(self._walk, w.device, groups)
 
     def take(self, start: int, stop: int) -> None:
         """Fit the grids of a group of columns and round it."""
-        r, bits = self.r[start:stop, start:stop], self.rule.bits
+        r, group = self.r[start:stop, start:stop], slice(start, stop)
         u = inverse(r)
         # The weights as all columns before have left them.
-        now = self.w[start:stop] + u.T @ (self.r[:start, start:stop].T @ self.delta[:start])
+        now = self.w[group] + u.T @ (self.r[:start, group].T @ self.delta[:start])
         grid = self._fit(now, r.diagonal())
+        codes, outliers, made, loss = self._take(now, r.diagonal(), u, grid.scale, grid.zero)
+        self.codes[group], self.outliers[group], self.made[group] = codes, outliers, made
+        torch.sub(self.w[group], made, out=self.delta[group])
+        self.loss += loss
+
+    def _walk(
+        self, now: Tensor, spread: Tensor, u: Tensor, scale: Tensor, zero: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Round the columns of a group, one after the other.
+
+        Args:
+            now: (k, m), the weights as all columns before have left them; updated in place.
+            spread: (k,), the diagonal of R.
+            u: (k, k), the inverse of R's block.
+            scale, zero: (m,), the group's grids.
+
+        Returns:
+            codes, whether an outlier, and what each weight has become, all (k, m); the loss.
+        """
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        loss = torch.zeros_like(self.loss)
+        grid, none = RealGrid(scale, zero), torch.zeros_like(scale, dtype=torch.bool)
         for i, current in enumerate(now):
-            codes = real_codes(current, grid, bits)
-            self.codes[start + i] = codes
-            made = codes.sub_(grid.zero).mul_(grid.scale)
-            error = (current - made) * r[i, i]
+            codes = real_codes(current, grid, self.rule.bits)
+            made, kept = (codes - zero).mul_(scale), none
+            error = (current - made) * spread[i]
             if self.threshold < math.inf:
                 kept = error.square() > self.threshold
-                self.outliers[start + i] = kept
                 made = torch.where(kept, self._stored(current), made)
-                error = (current - made) * r[i, i]
-            self.loss += error.square().sum(dtype=torch.float64)
-            self.made[start + i] = made
-            torch.sub(self.w[start + i], made, out=self.delta[start + i])
+                error = (current - made) * spread[i]
+            loss += error.square().sum(dtype=torch.float64)
+            columns.append((codes.to(torch.uint8), kept, made))
             now[i + 1 :].addr_(u[i, i + 1 :], error, alpha=-1)
+        codes, outliers, made = (torch.stack(each) for each in zip(*columns, strict=True))
+        return codes, outliers, made, loss
 
     def _fit(self, now: Tensor, importance: Tensor) -> RealGrid:
         rule = self.rule
