@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.checkpoint import Checkpoint, instantiate
-from pytest_qlab.errors import MethodError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.gate.deferred import DeferredKl
 from pytest_qlab.measuring.attribution import Attribution, Layer
@@ -102,6 +101,8 @@ class Candidate:
     def save_gguf(self, path: str | Path) -> tuple[str, ...]:
         """Write the packed model as a GGUF file that llama.cpp loads; nothing is rounded.
 
+        What a file cannot hold is refused before anything is quantized, as far as it shows then.
+
         Returns:
             Sentences on what llama.cpp will do otherwise when it tokenizes text itself.
 
@@ -111,28 +112,9 @@ class Candidate:
             ModelError: the architecture or the tokenizer cannot be expressed.
             StoreError: the file cannot be written.
         """
-        from pytest_qlab.engines.gguf.writer import write_gguf
+        from pytest_qlab.exporting import save_gguf
 
-        checkpoint = self.checkpoint
-        packed = {**checkpoint.layers(), **checkpoint.embeddings()}
-        rounded = next((name for name, layer in packed.items() if layer.activation), None)
-        if rounded is not None:
-            raise MethodError(
-                f"{self.id} quantizes the inputs of {rounded}, which a GGUF file cannot say. Write "
-                "a method that quantizes weights alone."
-            )
-        if checkpoint.rotation is not None:
-            raise MethodError(
-                f"{self.id} rotates hidden states between the first and the last block, which a "
-                "GGUF file cannot say. Write a method without a rotation."
-            )
-        return write_gguf(
-            Path(path),
-            self.lab.described,
-            weights={name: layer.weight for name, layer in packed.items()},
-            others=checkpoint.others(),
-            file_type=str(getattr(self.method, "type", "")),
-        )
+        return save_gguf(self, Path(path))
 
     def release(self) -> None:
         """Let go of the models in memory; they are read again from the store when next used."""

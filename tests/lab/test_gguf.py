@@ -86,16 +86,25 @@ def test_a_file_of_another_model_and_a_missing_one_are_refused(tmp_path: Path) -
         float(lab_of(tmp_path).candidate(GgufFile(path=str(tmp_path / "none.gguf"))).kl.mean)
 
 
-def test_what_a_file_cannot_hold_is_not_written(tmp_path: Path) -> None:
+def test_what_a_file_cannot_hold_is_not_written_and_not_even_quantized(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     lab = lab_of(tmp_path)
     for spec, message in (
         ("dynamic", "quantizes the inputs"),
+        ("static", "quantizes the inputs"),
         ("gptq", "has zero points"),
+        ("awq", "has zero points"),
+        ("gptq:symmetric:static_groups=false:group_size=32", "not neighbours"),
         ("rtn:bits=3:symmetric", "codes of 3 bits"),
+        ("rtn:symmetric:group_size=48", "no multiples of 32"),
+        ("squeezellm", "is stored as"),
+        ("nvfp4", "a scale of the whole tensor"),
+        ("quarot+rtn:symmetric:group_size=32", "rotates hidden states"),
     ):
         with pytest.raises(MethodError, match=message):
             lab.candidate(spec).save_gguf(tmp_path / "model.gguf")
+    assert not any(lab.store.built.values())
+    assert lab.forwards == 0
     with pytest.raises(ModelError, match="Supported are LlamaForCausalLM"):
         tiny_lab(tmp_path, "phi").candidate("gguf:Q8_0").save_gguf(tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()

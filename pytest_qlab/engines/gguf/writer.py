@@ -157,6 +157,18 @@ def write_gguf(
     return tokens.notes
 
 
+def expressible(model: Any) -> None:
+    """Refuse what `write_gguf` could not write of a model whatever its weights; they may be meta.
+
+    Raises:
+        MissingExtraError: the package `gguf` is not installed.
+        ModelError: the architecture cannot be expressed.
+    """
+    _package()
+    gguf_names(model)
+    hyperparameters(model)
+
+
 def _package() -> Any:
     try:
         import gguf
@@ -218,7 +230,7 @@ def _entry(place: Place, value: PackedWeight | Tensor) -> _Entry:
     if not place.packable:
         raise ModelError(f"{place.parameter} is packed, but llama.cpp reads it in F32 only.")
     packed = value
-    type = _type_of(packed, place.module)
+    type = type_of(packed, place.module)
     rows, columns = place.shape
     found = find_type(type)
     nbytes = rows * columns // found.block_size * found.block_bytes
@@ -252,8 +264,12 @@ def _like(index: Tensor, packed: PackedWeight) -> Tensor:
     return index.to(next(iter(packed.tensors().values())).device)
 
 
-def _type_of(packed: PackedWeight, name: str) -> str:
-    """The GGML type that holds exactly these bits' values."""
+def type_of(packed: PackedWeight, name: str) -> str:
+    """The GGML type that holds exactly these bits' values.
+
+    Raises:
+        MethodError: there is none.
+    """
     if isinstance(packed, GgmlBlocks):
         return packed.type
     if isinstance(packed, PlainWeight) and packed.weight.dtype in _NAMES:
