@@ -43,6 +43,12 @@ def multiply_cpu(rows: Tensor, packed: Tensor, group: int, scales_and_shifts: Te
     return product
 
 
+def pack_cuda(pairs: Tensor, inner_tiles: int) -> Tensor:
+    """uint8 (m, n / 2), the first of two codes in the high half, in the CUDA kernel's order."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles)
+    return packed
+
+
 def multiply_cuda(rows: Tensor, packed: Tensor, group: int, scales_and_shifts: Tensor) -> Tensor:
     """The kernel on bfloat16 rows."""
     product: Tensor = torch.ops.aten._weight_int4pack_mm(rows, packed, group, scales_and_shifts)
@@ -103,15 +109,20 @@ class Int4CpuLinear(Int4Linear):
 
     def __init__(self, source: PackedLinear) -> None:
         super().__init__(source)
-        codes = _affine(source).codes().to(torch.int32)
-        if self.columns is not None:
-            codes = codes.index_select(1, self.columns)
         self.packed: Tensor
-        self.register_buffer("packed", pack_cpu(codes))
-        for self.block, self.neighbours in LAYOUTS:
-            if torch.equal(self._codes(), codes):
-                return
-        raise RuntimeError("the order of its packed codes is not known for this processor")
+        self.register_buffer(
+            "packed", torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8)
+        )
+        layouts = list(LAYOUTS)
+        for start, stop in self._pieces():
+            codes = self._sorted(_affine(source).take_rows(torch.arange(start, stop)).codes())
+            self.packed[start:stop] = pack_cpu(codes.to(torch.int32))
+            layouts = [
+                each for each in layouts if torch.equal(self._codes(start, stop, *each), codes)
+            ]
+        if not layouts:
+            raise RuntimeError("the order of its packed codes is not known for this processor")
+        self.block, self.neighbours = layouts[0]
 
     @classmethod
     def applies(cls, source: PackedLinear) -> bool:
@@ -147,10 +158,20 @@ class Int4CpuLinear(Int4Linear):
             weight = torch.empty_like(weight).index_copy_(1, self.columns, weight)
         return weight
 
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """First row and end of what is packed at a time: whole blocks, and not much memory."""
+        step = self._whole_blocks(max(block for block, _ in LAYOUTS))
+        for start in range(0, self.out_features, step):
+            yield start, min(start + step, self.out_features)
+
+    def _whole_blocks(self, block: int) -> int:
+        """Rows of as many blocks as have `TILE_ELEMENTS` weights; at least of one."""
+        return max(1, TILE_ELEMENTS // (block * self.in_features)) * block
+
     def _tiles(self) -> Iterator[tuple[int, int, int, bool]]:
         """First row, end, rows of a block, and whether its bytes hold neighbours."""
         whole = self.out_features // self.block * self.block
-        step = max(1, TILE_ELEMENTS // (self.block * self.in_features)) * self.block
+        step = self._whole_blocks(self.block)
         for start in range(0, whole, step):
             yield start, min(start + step, whole), self.block, self.neighbours
         if whole < self.out_features:  # a shorter block is always in pairs
@@ -160,13 +181,18 @@ class Int4CpuLinear(Int4Linear):
         """uint8 (blocks, n, block / 2)."""
         return self.packed[start:stop].reshape(-1, self.in_features, block // 2)
 
-    def _codes(self) -> Tensor:
-        """int32 (m, n), columns sorted."""
+    def _codes(self, start: int, stop: int, block: int, neighbours: bool) -> Tensor:
+        """uint8 (stop - start, n), columns sorted, if that is the layout."""
+        whole = stop // block * block
         parts = []
-        for start, stop, block, neighbours in self._tiles():
-            packed = self._bytes(start, stop, block).to(torch.int32)
-            tile = torch.cat([packed & 15, packed >> 4], -1).transpose(0, 1)
-            parts.append(_in_order(tile.reshape(self.in_features, -1), block, neighbours).t())
+        for first, last, rows, pairs in (
+            (start, whole, block, neighbours),
+            (whole, stop, stop - whole, True),
+        ):
+            if first < last:
+                packed = self._bytes(first, last, rows)
+                tile = torch.cat([packed & 15, packed >> 4], -1).transpose(0, 1)
+                parts.append(_in_order(tile.reshape(self.in_features, -1), rows, pairs).t())
         return torch.cat(parts)
 
     def _weights(
@@ -208,9 +234,7 @@ class Int4CudaLinear(Int4Linear):
             codes = codes.index_select(1, self.columns)
         pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
         self.packed: Tensor
-        self.register_buffer(
-            "packed", torch.ops.aten._convert_weight_to_int4pack(pairs, self.inner_tiles)
-        )
+        self.register_buffer("packed", pack_cuda(pairs, self.inner_tiles))
         self.source = source
 
     @classmethod

@@ -102,11 +102,11 @@ class W8A8CpuLinear(W8A8Linear):
         self._prepacked: list[Tensor] = [
             torch.ops.onednn.qlinear_prepack(signed_codes(weight).contiguous(), None)
         ]
-        self.opaque_bytes = self.out_features * self.in_features
+        self.opaque_bytes = torch.ops.mkldnn._nbytes(self._prepacked[0])
 
     @classmethod
     def applies(cls, source: PackedLinear) -> bool:
-        known = has_operator("onednn", "qlinear_prepack")
+        known = has_operator("onednn", "qlinear_prepack") and has_operator("mkldnn", "_nbytes")
         return super().applies(source) and source.device.type == "cpu" and known
 
     def multiply(self, rows: Tensor) -> Tensor:

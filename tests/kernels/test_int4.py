@@ -135,12 +135,6 @@ def test_the_kernel_runs_in_bfloat16_whatever_the_model(monkeypatch: pytest.Monk
     assert seen == [torch.bfloat16]
 
 
-def test_resident_are_the_codes_and_four_bytes_a_group() -> None:
-    module = Int4CpuLinear(random_case(128, 256, 64).layer())
-    resident = sum(each.nbytes for each in module.buffers())
-    assert resident == 128 * 256 // 2 + 4 * 128 * (256 // 64)
-
-
 @pytest.mark.parametrize(
     ("case", "words"),
     [
