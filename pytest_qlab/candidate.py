@@ -68,7 +68,7 @@ class Candidate:
 
     @cached_property
     def runnable(self) -> Runnable:
-        """The quantized model as its speed is measured, and what runs its layers."""
+        """The quantized model as its speed and memory are measured, and what runs its layers."""
         return runnable(self)
 
     @property
@@ -78,7 +78,7 @@ class Candidate:
 
     @cached_property
     def kernels(self) -> KernelUse:
-        """What runs the quantized layers where speed is measured, on this machine."""
+        """What runs the quantized layers where speed and memory are measured, on this machine."""
         return kernel_use(self)
 
     def engine(self, *, threads: int = 1) -> Engine | None:

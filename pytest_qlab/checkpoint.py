@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pytest_qlab.errors import ModelError
 from pytest_qlab.formats.activations import ActivationQuantizer, load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
+from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.embedding import PackedEmbedding
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
-from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.rotation import LayerRotation, Rotation, attach_to_model
 from pytest_qlab.models.structure import all_linears
-from pytest_qlab.models.tensorfile import join_files, write_tensors
+from pytest_qlab.models.tensorfile import Stored, join_files, read_header, write_tensors
 
 if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
@@ -99,6 +98,18 @@ class Checkpoint:
         """The quantized layers of the decoder blocks, by name."""
         return self._packed("layers")
 
+    def layer_readers(self) -> dict[str, Callable[[], QuantizedLayer]]:
+        """By name what reads each of them into memory of its own; the file is not kept mapped."""
+        grouped: dict[str, dict[str, dict[str, Stored]]] = {}
+        for key, stored in read_header(self.directory / MODEL_FILE).items():
+            if key.startswith("layers."):
+                name, part, field = key.removeprefix("layers.").rsplit(".", 2)
+                grouped.setdefault(name, {}).setdefault(part, {})[field] = stored
+        return {
+            name: partial(_read_stored_layer, meta, grouped.get(name, {}))
+            for name, meta in self.index["layers"].items()
+        }
+
     def embeddings(self) -> dict[str, QuantizedLayer]:
         """The input embedding and the output head where they are quantized, by name."""
         return self._packed("embeddings")
@@ -116,6 +127,12 @@ class Checkpoint:
     def others(self) -> dict[str, Tensor]:
         """All parameters that are not quantized, by name, in the dtype they are stored in."""
         return _load(self.directory / MODEL_FILE, "model.")
+
+    def each_other(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The same one at a time in another dtype, each in memory of its own."""
+        for key, stored in read_header(self.directory / MODEL_FILE).items():
+            if key.startswith("model."):
+                yield key.removeprefix("model."), stored.read(dtype)
 
     def scales(self) -> dict[str, dict[str, Tensor]]:
         """Per layer the `column` and `row` scale that folds applied, where there are any."""
@@ -169,7 +186,7 @@ def save_checkpoint(
             },
         )
     embeddings = quantized.embeddings
-    runners = [_module(layer, None, torch.float32) for layer in quantized.layers.values()]
+    runners = [packed_linear(layer, None, torch.float32) for layer in quantized.layers.values()]
     index = {
         "layers": {name: describe_layer(layer) for name, layer in quantized.layers.items()},
         "embeddings": {name: describe_layer(layer) for name, layer in quantized.embeddings.items()},
@@ -269,6 +286,16 @@ def _read_layer(meta: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> 
     return QuantizedLayer(weight, activation)
 
 
+def _read_stored_layer(
+    meta: dict[str, Any], stored: dict[str, dict[str, Stored]]
+) -> QuantizedLayer:
+    parts = {
+        part: {field: each.read() for field, each in fields.items()}
+        for part, fields in stored.items()
+    }
+    return _read_layer(meta, parts)
+
+
 def structural_copy(model: nn.Module) -> Any:
     """A copy whose modules can be replaced; its parameters are the model's own."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
@@ -291,66 +318,27 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
         layers = checkpoint.layers()
         for site in all_linears(model):
             layer = layers[site.name]
-            module = _module(layer, site.bias, reference.dtype)
+            module = packed_linear(layer, site.bias, reference.dtype)
             site.replace(model, module.to(reference.device))
     evaluated: nn.Module = model.eval()
     return evaluated
 
 
-def load_alone(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model of a checkpoint, on the CPU, without its base model ever being in memory.
-
-    Args:
-        config: of a transformers causal language model.
-        dtype: in which it computes.
-
-    Raises:
-        ModelError: the checkpoint lacks parameters that the configuration asks for.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with _parameters_without_memory():
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    unfuse_experts(model, check=False)
-    if checkpoint.rotation is not None:
-        attach_to_model(model, checkpoint.rotation)
-    with torch.no_grad():
-        for name, tensor in checkpoint.others().items():
-            replace_parameter(model, name, tensor.to(dtype))
-        place_embeddings(model, checkpoint.embeddings(), torch.empty(0, dtype=dtype))
-        layers = checkpoint.layers()
-        for site in all_linears(model):
-            site.replace(model, _module(layers[site.name], site.bias, dtype))
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise ModelError(
-            f"The packed model has no {empty[0]}, which a {type(model).__name__} made from its "
-            "configuration has, so it cannot be loaded without its base model."
-        )
-    loaded: nn.Module = model.eval()
-    return loaded
-
-
-@contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Parameters that modules register inside have a shape only; buffers are as always."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def packed_linears(model: nn.Module) -> list[str]:
+    """Names of a model's packed linear layers, so that those that are replaced are let go of."""
+    return [name for name, each in model.named_modules() if isinstance(each, PackedLinear)]
 
 
 def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor) -> None:
-    """Put quantized embeddings in their places, and a head that is tied to one beside it."""
-    for name, layer in embeddings.items():
+    """Put quantized embeddings in their places, and a head that is tied to one beside it.
+
+    Those that are stored as numbers are held in the dtype to compute in.
+    """
+    for name, stored in embeddings.items():
+        layer = stored
+        if isinstance(stored.weight, PlainWeight):
+            weight = PlainWeight(stored.weight.weight.to(like.dtype))
+            layer = QuantizedLayer(weight, stored.activation)
         module = model.get_submodule(name)
         tied = [
             other
@@ -367,16 +355,16 @@ def _place(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> 
     if type(module) is nn.Embedding:
         packed = PackedEmbedding(layer.weight, like.dtype)
     elif isinstance(module, nn.Linear):
-        packed = _module(layer, module.bias, like.dtype)
+        packed = packed_linear(layer, module.bias, like.dtype)
     else:  # An embedding that does more than look up, such as Gemma's, which scales: it keeps to it
         weight = layer.weight.dequantize().to(dtype=like.dtype, device=like.device)
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         return
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, packed.to(like.device))
+    model.set_submodule(name, packed.to(like.device))
 
 
-def _module(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+def packed_linear(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+    """The module of a quantized layer, computing in that dtype."""
     return PackedLinear(layer.weight, bias, layer.activation, dtype)
 
 

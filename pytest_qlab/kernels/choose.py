@@ -11,11 +11,12 @@ of wrong codes among the G of a row makes about sqrt(2 / G), which is above 0.1 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.errors import CorruptEntryError, StoreError
 from pytest_qlab.formats.activations import PerTensorAffine
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.crossover import crossover, slowdown
@@ -34,6 +35,7 @@ KERNELS: tuple[type[KernelLinear], ...] = (
     W8A8CudaLinear,
     Float8CudaLinear,
 )
+_BY_NAME = {kind.kernel: kind for kind in KERNELS}
 TOLERANCE = 2.0**-5
 PROBE_ROWS = 8
 SLOWEST = 8.0
@@ -54,6 +56,25 @@ class Choice:
     reason: str = ""
     rounding: float = 0.0
 
+    @property
+    def layer_kernel(self) -> LayerKernel:
+        """The same without the module."""
+        module: Any = self.module
+        return LayerKernel(module.kernel, getattr(module, "most_rows", None))
+
+
+@dataclass(frozen=True)
+class LayerKernel:
+    """What was chosen for a layer, in so many words that it can be built again.
+
+    Attributes:
+        kernel: name of what runs it.
+        most_rows: of a `CrossedLinear`, up to how many rows its kernel runs; else None.
+    """
+
+    kernel: str
+    most_rows: int | None = None
+
 
 def choose(source: PackedLinear, name: str = "") -> Choice:
     """The fastest module that is right for a packed layer, on the device that it is on.
@@ -65,9 +86,8 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
     Raises:
         CorruptEntryError: the weight is not finite.
     """
-    if not source.simulated:  # plain: in the type to compute in, so that nothing is converted
-        plain = PlainWeight(source.weight)
-        return Choice(PackedLinear(plain, source.bias, None, source.dtype))
+    if not source.simulated:
+        return Choice(as_computed(source))
     weight = source.packed.dequantize()
     if not bool(torch.isfinite(weight).all()):
         raise CorruptEntryError(
@@ -102,6 +122,46 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
                 )
         return Choice(module, rounding=_relative(module.dequantized() - weight, weight))
     return Choice(source, f"there is no {source.wanted_kernel} kernel here")
+
+
+def build(source: PackedLinear, chosen: LayerKernel | None, name: str = "") -> nn.Module:
+    """The module that was chosen for a layer before; nothing is checked or timed again.
+
+    Args:
+        source: as for `choose`, on a processor like that of the choice.
+        chosen: None for a plain layer, for which there is no choice.
+        name: of the layer, for errors.
+
+    Raises:
+        StoreError: the kernel that was chosen cannot be built here.
+    """
+    if not source.simulated:
+        return as_computed(source)
+    if chosen is not None and chosen.kernel == source.kernel:
+        return source
+    kind = _BY_NAME.get(chosen.kernel) if chosen is not None else None
+    if chosen is None or kind is None or not kind.applies(source):
+        raise _not_built(name, chosen, "it is not made for this format and device")
+    try:
+        module = kind(source)
+    except RuntimeError as failure:
+        raise _not_built(name, chosen, str(failure).splitlines()[0]) from failure
+    if isinstance(module, CrossedLinear) and chosen.most_rows is not None:
+        module.most_rows = chosen.most_rows
+    return module
+
+
+def _not_built(name: str, chosen: LayerKernel | None, why: str) -> StoreError:
+    return StoreError(
+        f"{name or 'A layer'} was to run on {chosen.kernel if chosen else 'a kernel'}, but that "
+        f"cannot be built: {why}. If the machine or torch's build has changed, delete `v1/kernels` "
+        "in the store, and kernels are chosen anew."
+    )
+
+
+def as_computed(source: PackedLinear) -> PackedLinear:
+    """A plain layer with its weight in the type to compute in, so that nothing is converted."""
+    return PackedLinear(PlainWeight(source.weight), source.bias, None, source.dtype)
 
 
 def largest_error(

@@ -1,8 +1,12 @@
-"""Memory of a candidate: its weights, what forward passes add, and what a process needs."""
+"""Memory of a candidate: its weights, what forward passes add, and what a process needs.
+
+Of the model that speed is measured on, so that budgets on both speak of the same thing.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.errors import MetricError, did_you_mean
@@ -10,6 +14,12 @@ from pytest_qlab.estimate import Estimate
 from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.measuring.child import answer_of_child
 from pytest_qlab.measuring.decoding import Decoding
+from pytest_qlab.measuring.runnable import (
+    KernelUse,
+    dtype_name,
+    kernel_use_parts,
+    speed_dtype_name,
+)
 from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
 from pytest_qlab.metrics.memory import (
     MemoryUse,
@@ -17,6 +27,7 @@ from pytest_qlab.metrics.memory import (
     peak_temporary_bytes,
     resident_bytes,
 )
+from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,19 +35,24 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.engines.base import Engine
 
-MEMORY_VERSION = 4
-PROCESS_VERSION = 1
+MEMORY_VERSION = 5
+PROCESS_VERSION = 2
 PROMPT_TOKENS = 128
 NEW_TOKENS = 8
 _NAMES = ("resident", "peak", "decode_peak", "rss_peak", "kv_per_token")
 
 
 class Memory:
-    """Bytes; `rss_peak` is measured when it is first read, all others at once."""
+    """Bytes; `rss_peak` is measured when it is first read, all others at once.
+
+    `dtype` is what the measured model computes in; empty if another runtime runs it.
+    """
 
     def __init__(self, candidate: Candidate) -> None:
         self._candidate = candidate
-        self._counted = measure_memory(candidate)
+        use = measure_memory(candidate)
+        self.dtype = use.dtype
+        self._counted = use.estimates(candidate.id, simulated=candidate.kernels.simulated)
         self._process: Estimate | None = None
         candidate.note(self._counted)
 
@@ -103,14 +119,9 @@ class Memory:
         return found
 
 
-def measure_memory(candidate: Candidate) -> dict[str, Estimate]:
-    """Count the weights that are resident, and what forward passes add to them, by full name."""
-    lab = candidate.lab
-    parts = {
-        "quantized": lab.quantized_identity(candidate.method),
-        "evaluation": lab.evaluation.identity,
-        "code": MEMORY_VERSION,
-    }
+def measure_memory(candidate: Candidate) -> MemoryUse:
+    """Count the weights that are resident, and what forward passes add to them."""
+    lab, kernels = candidate.lab, candidate.kernels
 
     def compute() -> dict[str, Any]:
         longest = max(len(window.ids) for window in lab.eval_data.windows)
@@ -119,21 +130,40 @@ def measure_memory(candidate: Candidate) -> dict[str, Estimate]:
         if engine is not None:
             with engine:
                 return _engine_memory(engine, ids)
-        model, device = candidate.model, lab.model.device
+        model, device, tokens = candidate.speed_model, lab.model.device, ids.shape[1]
         set_materialized(model, False)
+        dtype = dtype_name(model)
+        runs = f"{dtype}, {kernels}"
         found = MemoryUse(
             resident=resident_bytes(model),
             temporary=peak_temporary_bytes(forward(model, ids), device=device),
-            convention=f"{lab.model.dtype}, forward of {ids.shape[1]} tokens",
+            convention=f"{runs}, forward of {tokens} tokens{_tiles(kernels, tokens)}",
             kv_bytes_per_token=_kv_bytes(model),
             decode_temporary=_decode_bytes(model, ids, device),
-            decode_convention=f"{lab.model.dtype}, decode after {ids.shape[1] - 1} tokens",
+            decode_convention=f"{runs}, decode after {tokens - 1} tokens{_tiles(kernels, 1)}",
+            dtype=dtype,
         )
         lab.count_forwards(3)
         return vars(found)
 
-    use = MemoryUse(**lab.store.json("memory", parts, compute))
-    return use.estimates(candidate.id, simulated=candidate.checkpoint.simulated)
+    return MemoryUse(**lab.store.json("memory", _parts(candidate, MEMORY_VERSION), compute))
+
+
+def _parts(candidate: Candidate, code: int, **more: Any) -> dict[str, Any]:
+    """What determines the memory: the kernels with their crossovers, which were found by timing."""
+    return {
+        **kernel_use_parts(candidate),
+        "kernels": content_hash(candidate.kernels.to_dict()),
+        "evaluation": candidate.lab.evaluation.identity,
+        "code": code,
+        **more,
+    }
+
+
+def _tiles(kernels: KernelUse, rows: int) -> str:
+    """In words how many layers dequantize tiles, because so many rows are too many for a kernel."""
+    count = kernels.in_tiles(rows)
+    return f", {count} layers in tiles" if count else ""
 
 
 def _kv_bytes(model: Any) -> int | None:
@@ -176,13 +206,8 @@ def measure_process(candidate: Candidate) -> Estimate:
     Raises:
         MetricError: the process failed, or the system does not tell.
     """
-    lab = candidate.lab
-    parts = {
-        "quantized": lab.quantized_identity(candidate.method),
-        "evaluation": lab.evaluation.identity,
-        "tokens": [PROMPT_TOKENS, NEW_TOKENS],
-        "code": PROCESS_VERSION,
-    }
+    lab, kernels = candidate.lab, candidate.kernels
+    parts = _parts(candidate, PROCESS_VERSION, tokens=[PROMPT_TOKENS, NEW_TOKENS])
 
     def compute() -> dict[str, Any]:
         lab.progress(f"{candidate.id}: memory of a process")
@@ -196,8 +221,9 @@ def measure_process(candidate: Candidate) -> Estimate:
                     "idle": engine.idle_memory,
                     "convention": f"{engine.name}, prompt of {ids.shape[1]}",
                 }
-        found = _in_a_child(candidate, ids[0].tolist())
-        convention = f"{lab.model.dtype}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
+        dtype = speed_dtype_name(lab.base_model)
+        found = _in_a_child(candidate, ids[0].tolist(), dtype)
+        convention = f"{dtype}, {kernels}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
         return {**found, "convention": convention}
 
     found = lab.store.json("process_memory", parts, compute)
@@ -207,20 +233,22 @@ def measure_process(candidate: Candidate) -> Estimate:
         candidate=candidate.id,
         unit="bytes",
         convention=found["convention"],
-        simulated=candidate.checkpoint.simulated,
+        simulated=kernels.simulated,
         detail=f"{found['idle']:,} bytes of it before the model was loaded",
     )
 
 
-def _in_a_child(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
+def _in_a_child(candidate: Candidate, ids: list[int], dtype: str) -> dict[str, Any]:
     lab = candidate.lab
+    layers = candidate.kernels.layers
     with tempfile.TemporaryDirectory(prefix="qlab-") as directory:
         lab.base_model.config.save_pretrained(directory)
         job = {
             "checkpoint": str(candidate.checkpoint.directory),
             "config": directory,
-            "dtype": lab.model.dtype,
+            "dtype": dtype,
             "device": lab.model.device,
+            "layers": {name: asdict(each) for name, each in layers.items()},
             "ids": ids,
             "new": NEW_TOKENS,
         }

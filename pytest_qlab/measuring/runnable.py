@@ -1,4 +1,4 @@
-"""The models that speed is measured on: computing in bfloat16, packed bits through real kernels.
+"""The models that speed and memory are measured on: in bfloat16, packed bits through real kernels.
 
 Quality is measured elsewhere, on dequantized weights in the lab's dtype: how fast bits run is one
 question, what they say is another.
@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from pytest_qlab.checkpoint import instantiate, replace_parameter, structural_copy
-from pytest_qlab.kernels.choose import choose
-from pytest_qlab.kernels.linear import PackedLinear
+from pytest_qlab.checkpoint import (
+    instantiate,
+    packed_linears,
+    replace_parameter,
+    structural_copy,
+)
+from pytest_qlab.kernels.choose import LayerKernel, build, choose
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
 from pytest_qlab.machine import processor_name
 
@@ -25,12 +29,12 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.checkpoint import Checkpoint
 
-KERNELS_VERSION = 2
+KERNELS_VERSION = 3
 
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What runs the quantized layers of a candidate where its speed is measured.
+    """What runs the quantized layers of a candidate where its speed and memory are measured.
 
     Attributes:
         counts: layers by kernel.
@@ -38,6 +42,7 @@ class KernelUse:
         reasons: why they do, with the number of layers.
         rounding: most that a kernel's own rounding adds to a layer's weight, relative.
         most_rows: of kernels for few rows, up to how many they run, by kernel and shape.
+        layers: what each layer runs on, by name; empty where no bits need a kernel of ours.
     """
 
     counts: dict[str, int]
@@ -45,6 +50,7 @@ class KernelUse:
     reasons: dict[str, int] = field(default_factory=dict)
     rounding: float = 0.0
     most_rows: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, LayerKernel] = field(default_factory=dict)
 
     @property
     def simulated(self) -> bool:
@@ -55,6 +61,11 @@ class KernelUse:
     def dequantizing(self) -> int:
         """Layers that dequantize before they multiply."""
         return sum(self.reasons.values())
+
+    def in_tiles(self, rows: int) -> int:
+        """Layers whose kernel is not for so many rows, which are multiplied by dense tiles."""
+        limits = [each.most_rows for each in self.layers.values()]
+        return sum(limit is not None and limit < rows for limit in limits)
 
     def __str__(self) -> str:
         """Such as `int4pack 42, dequantize-matmul 2`."""
@@ -68,7 +79,8 @@ class KernelUse:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        return cls(**{**fields, "wanted": tuple(fields["wanted"])})
+        layers = {name: LayerKernel(**each) for name, each in fields["layers"].items()}
+        return cls(**{**fields, "wanted": tuple(fields["wanted"]), "layers": layers})
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Self:
@@ -97,6 +109,12 @@ def speed_base(base: Any) -> Any:
     return base if dtype == first.dtype else copy_in(base, dtype)
 
 
+def speed_dtype_name(base: Any) -> str:
+    """What `speed_base` of a model computes in, such as `bfloat16`, without making that."""
+    first = next(base.parameters())
+    return _name(speed_dtype(first.dtype, first.device))
+
+
 def copy_in(base: Any, dtype: torch.dtype) -> Any:
     """A copy of a model whose parameters have another dtype; what is tied stays tied.
 
@@ -109,24 +127,37 @@ def copy_in(base: Any, dtype: torch.dtype) -> Any:
 
 
 def dtype_name(model: Any) -> str:
-    """What a model computes in, such as `bfloat16`; for the convention of a latency."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    """What a model computes in, such as `bfloat16`; for conventions."""
+    return _name(next(model.parameters()).dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """A model to measure speed on, and what runs its quantized layers."""
+    """A model to measure speed and memory on, and what runs its quantized layers."""
 
     model: Any
     kernels: KernelUse
 
 
 def runnable(candidate: Candidate) -> Runnable:
-    """The candidate's model in `speed_dtype`, with real kernels.
+    """The candidate's model in `speed_dtype`, with the kernels that were chosen for it.
 
-    Every layer proves itself first, see `kernels.choose`; what does not dequantizes and multiplies.
-    Parameters that the method left alone are shared with `Lab.speed_base`.
+    Every layer proves itself when it is chosen, see `kernels.choose`; what does not dequantizes and
+    multiplies. Parameters that the method left alone are shared with `Lab.speed_base`.
     """
+    if not candidate.checkpoint.simulated:
+        return _chosen_anew(candidate)
+    use = candidate.kernels
+    model = instantiate(candidate.checkpoint, candidate.lab.speed_base)
+    place_kernels(model, use.layers)
+    return Runnable(model, use)
+
+
+def _chosen_anew(candidate: Candidate) -> Runnable:
     model = instantiate(candidate.checkpoint, candidate.lab.speed_base)
     return Runnable(model, use_kernels(model))
 
@@ -146,11 +177,15 @@ def kernel_use_parts(candidate: Candidate) -> dict[str, Any]:
 
 
 def kernel_use(candidate: Candidate) -> KernelUse:
-    """What runs the candidate's layers on this machine; remembered in the store."""
+    """What runs the candidate's layers on this machine.
+
+    Chosen once and remembered in the store, so that what is measured on later models, such as the
+    memory of the tiles that a crossover decides on, is of the same kernels.
+    """
     if not candidate.checkpoint.simulated:
         return KernelUse.of_checkpoint(candidate.checkpoint)
     stored = candidate.lab.store.json(
-        "kernels", kernel_use_parts(candidate), lambda: candidate.runnable.kernels.to_dict()
+        "kernels", kernel_use_parts(candidate), lambda: _chosen_anew(candidate).kernels.to_dict()
     )
     return KernelUse.from_dict(stored)
 
@@ -167,23 +202,34 @@ def use_kernels(model: nn.Module) -> KernelUse:
     Raises:
         CorruptEntryError: a packed weight is not finite.
     """
-    counts: Counter[str] = Counter()
+    layers: dict[str, LayerKernel] = {}
     reasons: Counter[str] = Counter()
     wanted: set[str] = set()
     rounding, most_rows = 0.0, dict[str, int]()
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, PackedLinear):
-            continue
+    for name in packed_linears(model):
+        module: Any = model.get_submodule(name)
         choice = choose(module, name)
-        chosen: Any = choice.module
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, chosen)
-        counts[chosen.kernel] += 1
+        model.set_submodule(name, choice.module)
+        layers[name] = choice.layer_kernel
         rounding = max(rounding, choice.rounding)
         if choice.reason:
             reasons[choice.reason] += 1
             wanted.add(module.wanted_kernel)
-        if isinstance(chosen, CrossedLinear):
-            shape = f"{chosen.out_features}x{chosen.in_features}"
-            most_rows[f"{chosen.kernel} {shape}"] = chosen.most_rows
-    return KernelUse(dict(counts), tuple(sorted(wanted)), dict(reasons), rounding, most_rows)
+        if isinstance(choice.module, CrossedLinear):
+            shape = f"{module.out_features}x{module.in_features}"
+            most_rows[f"{choice.module.kernel} {shape}"] = choice.module.most_rows
+    counts = Counter(each.kernel for each in layers.values())
+    return KernelUse(
+        dict(counts), tuple(sorted(wanted)), dict(reasons), rounding, most_rows, layers
+    )
+
+
+def place_kernels(model: nn.Module, layers: Mapping[str, LayerKernel]) -> None:
+    """Put the modules that were chosen before in the places of a model's packed linear layers.
+
+    Raises:
+        StoreError: a kernel cannot be built here.
+    """
+    for name in packed_linears(model):
+        source: Any = model.get_submodule(name)
+        model.set_submodule(name, build(source, layers.get(name), name))

@@ -137,7 +137,8 @@ class MemoryUse:
     """Bytes of a model's weights, and what its forward passes add to them at their peak.
 
     `temporary` is of a pass over many tokens, described by `convention`; `decode_temporary` of one
-    over a token after others, the key-value cache of those included.
+    over a token after others, the key-value cache of those included. `dtype` is what the model
+    computes in, such as `bfloat16`; empty if another runtime runs it.
     """
 
     resident: int
@@ -146,6 +147,7 @@ class MemoryUse:
     convention: str = ""
     decode_temporary: int | None = None
     decode_convention: str = ""
+    dtype: str = ""
 
     @property
     def peak(self) -> int:

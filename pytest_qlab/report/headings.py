@@ -224,7 +224,7 @@ KNOWN: tuple[Column, ...] = (
         "memory.resident",
         "Resident",
         "resident",
-        "bytes of parameters and buffers in memory",
+        "bytes of parameters and buffers in memory, as kernels keep them",
         kind="bytes",
         group="Memory and speed",
         most=1,

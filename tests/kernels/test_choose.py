@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.errors import CorruptEntryError, StoreError
 from pytest_qlab.formats import PerTensorAffine, PerTokenSymmetric, PlainWeight
+from pytest_qlab.kernels import choose as choosing
 from pytest_qlab.kernels import int4, w8a8
-from pytest_qlab.kernels.choose import TOLERANCE, choose
+from pytest_qlab.kernels.choose import TOLERANCE, LayerKernel, build, choose
 from pytest_qlab.kernels.crossover import MOST_ROWS, most_rows, time_ratio
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
@@ -84,6 +85,45 @@ def test_a_plain_weight_is_kept_in_the_type_to_compute_in() -> None:
     assert not choice.module.simulated
     assert [each.dtype for each in choice.module.buffers()] == [torch.bfloat16]
     assert torch.equal(choice.module.weight, weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        INT4.layer(),
+        INT8.layer(),
+        INT8.layer(activation=PerTokenSymmetric(8)),
+        random_case(64, 128, 32, bits=3).layer(),
+        PackedLinear(PlainWeight(torch.ones(4, 8)), None, None, torch.bfloat16),
+    ],
+)
+def test_a_choice_is_built_again_without_being_checked(
+    source: PackedLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "crossover", lambda module: 5)
+    choice = choose(source)
+    for name in ("crossover", "slowdown", "largest_error"):
+        monkeypatch.delattr(choosing, name)
+    again = build(source, choice.layer_kernel)
+    assert type(again) is type(choice.module)
+    assert getattr(again, "most_rows", 5) == 5
+    for rows in (3, 9):
+        x = normal(rows, source.in_features)
+        assert torch.equal(again(x), choice.module(x))
+
+
+def test_a_choice_that_cannot_be_built_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = INT4.layer()
+    for wrong in (LayerKernel("int5pack"), LayerKernel("int8pack", 4), None):
+        with pytest.raises(StoreError, match=r"up_proj.*not made for this format.*v1/kernels"):
+            build(source, wrong, "up_proj")
+
+    def refuses(codes: Tensor) -> Tensor:
+        raise RuntimeError("not on this processor\nand more")
+
+    monkeypatch.setattr(int4, "pack_cpu", refuses)
+    with pytest.raises(StoreError, match=r"run on int4pack.*built: not on this processor\. If"):
+        build(source, LayerKernel("int4pack", 4), "up_proj")
 
 
 def test_rounding_is_what_the_kernel_adds_to_the_weight() -> None:

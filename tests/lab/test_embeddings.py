@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pytest_qlab import Method, QuantizedLayer
 from pytest_qlab.calibration.statistics import LayerStatistics
-from pytest_qlab.checkpoint import MODEL_FILE
+from pytest_qlab.checkpoint import MODEL_FILE, place_embeddings
+from pytest_qlab.formats.plain import PlainWeight
+from pytest_qlab.kernels.choose import as_computed
 from pytest_qlab.kernels.embedding import PackedEmbedding
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.packed import PackedModule, set_materialized
@@ -127,6 +129,19 @@ def test_a_tied_head_shares_the_packed_bits(tmp_path: Path) -> None:
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "packed" not in name)
     assert resident_bytes(model) == others + packed + buffers
     assert biases <= buffers
+
+
+def test_numbers_are_held_once_in_the_type_to_compute_in() -> None:
+    """As a table of float32 in a model that computes in bfloat16, whose head is tied to it."""
+    model: Any = ARCHITECTURES["gpt2"]()
+    weight = model.get_input_embeddings().weight.detach().clone()
+    stored = QuantizedLayer(PlainWeight(weight))
+    place_embeddings(model, {"transformer.wte": stored}, torch.empty(0, dtype=torch.bfloat16))
+    head = as_computed(model.get_output_embeddings())
+    assert torch.equal(head.weight, weight.to(torch.bfloat16))
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(token_ids(5)), weight.to(torch.bfloat16)[token_ids(5)])
+    assert resident_bytes(nn.ModuleList([embedding, head])) == 2 * weight.numel()
 
 
 def test_an_embedding_looks_up_rows_of_any_shape() -> None:

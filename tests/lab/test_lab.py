@@ -266,17 +266,6 @@ def test_measures_have_intervals_and_say_what_they_are(tmp_path: Path) -> None:
         candidate["kl.maen"]
 
 
-def test_memory_and_latency(tmp_path: Path) -> None:
-    lab = tiny_lab(tmp_path)
-    packed, plain = lab.candidate("rtn"), lab.baseline
-    assert packed.memory.resident < plain.memory.resident
-    assert packed.memory.peak > packed.memory.resident
-    assert packed.memory.peak.simulated
-    config = lab.base_model.config
-    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    assert plain.memory.kv_per_token == 2 * config.num_hidden_layers * heads * width * 4
-
-
 def test_simulated_latency_can_be_refused(tmp_path: Path) -> None:
     for policy in ("skip", "fail"):
         lab = tiny_lab(tmp_path, simulated_latency=policy)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pytest_qlab import Lab
 from pytest_qlab.calibration.statistics import LayerStatistics
-from pytest_qlab.checkpoint import instantiate, load_alone, open_checkpoint
+from pytest_qlab.checkpoint import instantiate, open_checkpoint
 from pytest_qlab.errors import MethodError, SpecError
 from pytest_qlab.hadamard import hadamard_matrix, random_signs
+from pytest_qlab.measuring.alone import load_alone
 from pytest_qlab.measuring.runnable import speed_model
 from pytest_qlab.methods.gptq import Gptq
 from pytest_qlab.models.structure import all_linears

@@ -1,22 +1,23 @@
-"""The models that speed is measured on: what runs them, what they say, and what is remembered."""
+"""The models that speed and memory are measured on: what runs them, says, and is remembered."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from pytest_qlab.checkpoint import instantiate
-from pytest_qlab.kernels import int4
+from pytest_qlab.kernels import choose, int4
+from pytest_qlab.kernels.choose import LayerKernel
 from pytest_qlab.kernels.linear import PackedLinear
-from pytest_qlab.kernels.real import KernelLinear, has_operator
+from pytest_qlab.kernels.real import CrossedLinear, KernelLinear, has_operator
 from pytest_qlab.measuring import runnable, speed
 from pytest_qlab.measuring.runnable import KernelUse, speed_base, speed_dtype, speed_model
 from pytest_qlab.metrics import latency
-from pytest_qlab.metrics.memory import resident_bytes
 from tests.architectures import ARCHITECTURES, token_ids
 from tests.lab.tiny import tiny_lab
 
@@ -103,16 +104,28 @@ def test_it_says_what_the_dequantized_model_says(spec: str, tmp_path: Path, bflo
 
 
 @needs_kernels
-def test_resident_bytes_are_the_kernels(tmp_path: Path, bfloat16: None) -> None:
-    """Counted by hand: 7 matrices a block, bits and grids; everything else two bytes a number."""
-    lab = tiny_lab(tmp_path)
-    model = lab.candidate("dynamic:bits=8").speed_model
-    linears = [each for each in lab.base_model.modules() if isinstance(each, nn.Linear)][:14]
-    inside = sum(each.weight.numel() for each in linears)
-    scales = sum(4 * each.out_features for each in linears)
-    others = sum(each.numel() for each in lab.base_model.parameters()) - inside
-    buffers = sum(each.nbytes for each in lab.base_model.buffers())
-    assert resident_bytes(model) == inside + scales + 2 * others + buffers
+@pytest.mark.parametrize("spec", ["rtn", "dynamic:bits=8", "gguf:Q4_K_M", "ggml:F16"])
+def test_what_was_chosen_is_built_again(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: None
+) -> None:
+    """As by a process that finds it in the store; crossovers there count, not what a clock says."""
+    monkeypatch.setattr(choose, "crossover", lambda module: 3)
+    first = tiny_lab(tmp_path).candidate(spec)
+    counts, ids = first.kernels.counts, token_ids(20)
+    for name in ("crossover", "slowdown", "largest_error"):
+        monkeypatch.delattr(choose, name)
+    again = tiny_lab(tmp_path).candidate(spec)
+    with torch.no_grad():
+        assert torch.equal(again.speed_model(input_ids=ids).logits, first.speed_model(ids).logits)
+    runs = [m for m in again.speed_model.modules() if isinstance(m, KernelLinear | PackedLinear)]
+    assert Counter(each.kernel for each in runs) == counts
+    assert {m.most_rows for m in runs if isinstance(m, CrossedLinear)} <= {3}
+
+
+def test_layers_in_tiles_are_those_with_more_rows_than_their_kernel_takes() -> None:
+    limits = {"a": None, "b": 0, "c": 4, "d": 256}
+    use = KernelUse({}, layers={name: LayerKernel("k", rows) for name, rows in limits.items()})
+    assert [use.in_tiles(rows) for rows in (1, 4, 5, 256, 257)] == [1, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma"])
@@ -142,6 +155,9 @@ def test_it_computes_in_bfloat16_only_where_that_is_fast(monkeypatch: pytest.Mon
 
 
 def test_what_runs_is_plain_json_and_named_with_its_numbers() -> None:
-    use = KernelUse({"b": 1, "int4pack": 40, "a": 1}, ("W4",), {"why": 2}, 0.5, {"int4pack 8x8": 4})
+    layers = {"up": LayerKernel("int4pack", 4), "down": LayerKernel("a")}
+    counts, rows = {"b": 1, "int4pack": 40, "a": 1}, {"int4pack 8x8": 4}
+    use = KernelUse(counts, ("W4",), {"why": 2}, 0.5, rows, layers)
+    assert json.loads(json.dumps(use.to_dict())) == use.to_dict()
     assert KernelUse.from_dict(use.to_dict()) == use
     assert str(use) == "int4pack 40, a 1, b 1"
