@@ -114,6 +114,7 @@ class SavedCandidate(_Model):
         quantized: key of the packed model in the store.
         calibration: hash of the sequences, where anything depends on them.
         measures: values, for whoever reviews the file and for counted numbers.
+        memory_dtype: what memory was measured in; empty if it was not, or by another runtime.
         latency: of a prefill of 128 tokens. latencies: of other phases, by what comes after
             `latency.` in the names of their measures, such as `decode.`.
     """
@@ -123,6 +124,7 @@ class SavedCandidate(_Model):
     quantized: str = ""
     calibration: str = ""
     measures: dict[str, float] = Field(default_factory=dict)
+    memory_dtype: str = ""
     sums: Sums | None = None
     latency: LatencySummary | None = None
     latencies: dict[str, LatencySummary] = Field(default_factory=dict)
@@ -148,6 +150,7 @@ class SavedCandidate(_Model):
                 "separate runs, with a name each."
             )
         self.measures.update(other.measures)
+        self.memory_dtype = other.memory_dtype or self.memory_dtype
         self.quantized = other.quantized or self.quantized
         self.calibration = other.calibration or self.calibration
         self.sums = other.sums or self.sums

@@ -322,6 +322,13 @@ def _of(
             "layer_error cannot be compared with the baseline: it is measured on the calibration "
             "text, which has changed. Save the baseline again."
         )
+    if metric.startswith("memory.") and saved.memory_dtype != new.memory_dtype:
+        ours, theirs = (each.memory_dtype or "nothing known" for each in (saved, new))
+        raise BaselineError(
+            f"{metric} cannot be compared with the baseline: it was measured of a model in {ours}, "
+            f"and in this run of one in {theirs}, because processors differ in what they multiply "
+            "fast. Compare on a machine of the kind that saved it, or save the baseline again."
+        )
     old, value = saved.measures[metric], new.measures[metric]
     # 3.9 - 4 is -0.1 here, as it is for whoever writes a threshold.
     return Difference(old, value, rounded(value - old, VALUE_DIGITS - 1), 0.0)

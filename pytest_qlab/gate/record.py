@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.lab import Lab
     from pytest_qlab.measuring.latency import Latency
+    from pytest_qlab.measuring.memory import Memory
     from pytest_qlab.metrics.latency import PairedLatency
 
 PACKAGES = ("torch", "transformers")
@@ -79,6 +80,8 @@ def record_of(candidate: Candidate, *, evaluated: bool) -> Baseline:
             saved.measures[name] = rounded(estimate, VALUE_DIGITS)
         elif name in TIMED or (evaluated and name in PAIRED):
             saved.measures[name] = rounded(estimate)
+    memory: Memory | None = candidate.__dict__.get("memory")
+    saved.memory_dtype = "" if memory is None else memory.dtype
     latencies = _latencies(candidate)
     saved.latency = latencies.pop("", None)
     saved.latencies = latencies

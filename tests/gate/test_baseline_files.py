@@ -66,6 +66,7 @@ def baselines(draw: st.DrawFn) -> Baseline:
             method=draw(TEXT),
             options=draw(st.dictionaries(TEXT, st.none() | st.booleans() | COUNTS | TEXT)),
             measures=draw(st.dictionaries(TEXT, FINITE)),
+            memory_dtype=draw(TEXT),
             sums=sums if draw(st.booleans()) else None,
             latency=latency() if draw(st.booleans()) else None,
             latencies={"decode.": latency()} if draw(st.booleans()) else {},
@@ -116,6 +117,7 @@ def example() -> Baseline:
                 quantized="q",
                 calibration="c",
                 measures={"size": 1000.0, "kl.mean": 0.02},
+                memory_dtype="bfloat16",
                 sums=Sums(
                     delta=[0.5, -0.25],
                     kl=[1.5, 1.25],
@@ -353,6 +355,7 @@ def test_processes_add_up() -> None:
     timed.candidates["small"].measures = {"size": 1000.0}
     timed.candidates["small"].calibration = ""
     evaluated.candidates["small"].latency = None
+    evaluated.candidates["small"].memory_dtype = ""
     evaluated.candidates["small"].measures = {"kl.mean": 0.02}
     for first, second in ((timed, evaluated), (evaluated, timed)):
         merged = first.model_copy(deep=True)

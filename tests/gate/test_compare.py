@@ -345,6 +345,22 @@ def test_an_error_on_layers_needs_the_same_calibration_text() -> None:
         judged(saved, new, "layer_error:1%")
 
 
+def test_memory_of_a_model_in_another_dtype_is_not_compared() -> None:
+    """As on a processor that is not fast in bfloat16; what else was counted still is."""
+    text, (model, _) = draw(1, (0.03, 0.03))
+    saved = baseline_of(text, model, measures={"memory.peak": 9.0, "size": 1.0})
+    saved.candidates["c0"].memory_dtype = "bfloat16"
+    new = saved.model_copy(deep=True)
+    assert judged(saved, new, "memory.peak:1%")["memory.peak"].outcome == "pass"
+    for other in ("float32", ""):
+        new.candidates["c0"].memory_dtype = other
+        found = judged(saved, new, "size:1%")
+        assert "memory.peak" not in found
+        assert found["size"].outcome == "pass"
+        with pytest.raises(BaselineError, match=f"in bfloat16, .* in {other or 'nothing known'},"):
+            judged(saved, new, "memory.peak:1%")
+
+
 def test_sums_without_bounds_are_refused() -> None:
     text, (model, _) = draw(1, (0.03, 0.03))
     saved, new = baseline_of(text, model), baseline_of(text, model)

@@ -19,6 +19,7 @@ from pytest_qlab.gate.compare import changes, paired_difference
 from pytest_qlab.gate.record import record_of
 from pytest_qlab.gate.thresholds import PAIRED, parse_thresholds
 from pytest_qlab.machine import processor_name
+from pytest_qlab.measuring.runnable import dtype_name
 from pytest_qlab.metrics.latency import PairedLatency, Round
 from tests.lab.tiny import documents, tiny_lab
 
@@ -96,6 +97,16 @@ def test_what_is_not_known_is_not_computed(tmp_path: Path) -> None:
     assert found.windows is None
     assert found.candidates["rtn-w4g128"].sums is None
     assert found.candidates["rtn-w4g128"].measures["size"] == candidate.size
+    assert found.candidates["rtn-w4g128"].memory_dtype == ""
+
+
+def test_it_is_saved_in_what_memory_was_measured(tmp_path: Path) -> None:
+    lab = tiny_lab(tmp_path)
+    candidate = lab.candidate("rtn")
+    _ = candidate.memory
+    found = record_of(candidate, evaluated=False).candidates["rtn-w4g128"]
+    assert found.memory_dtype == dtype_name(lab.speed_base)
+    assert found.measures["memory.peak"] == candidate.memory.peak
 
 
 def test_another_lab_over_the_same_inputs_saves_the_same_bytes(tmp_path: Path) -> None:
