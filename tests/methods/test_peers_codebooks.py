@@ -14,6 +14,7 @@ from pytest_qlab.formats import (
     PerBlockMxfp4,
     PerBlockNvfp4,
 )
+from pytest_qlab.kernels.fp4 import tiled, untiled
 from pytest_qlab.methods.blockwise import Fp4, Nf4
 from pytest_qlab.methods.hqq import Hqq
 from pytest_qlab.methods.microscaled import Mxfp4, Nvfp4
@@ -211,3 +212,16 @@ def test_torchao_nvfp4_inputs(name: str, share: float | None) -> None:
         off = ~torch.isclose(found, expected, rtol=1e-6, atol=0)
         assert int(off[ordinary].sum()) <= 2
         assert float(ordinary.float().mean()) > 0.9
+
+
+def test_torchaos_order_of_block_scales() -> None:
+    utils = pytest.importorskip(
+        "torchao.prototype.mx_formats.utils",
+        reason="torchao is no dependency: pip install torchao==0.18.0",
+    )
+    generator = torch.Generator().manual_seed(0)
+    for rows, blocks in ((7, 3), (128, 4), (200, 9), (300, 16)):
+        scales = torch.randint(0, 255, (rows, blocks), generator=generator).to(torch.uint8)
+        theirs = utils.to_blocked(scales).flatten()
+        assert torch.equal(tiled(scales), theirs)
+        assert torch.equal(untiled(theirs, rows, blocks), scales)
