@@ -8,6 +8,7 @@ Weights and inputs are rounded by the same rules.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -31,8 +32,14 @@ SMALLEST_E4M3 = 2.0**-9
 
 def e2m1_values(codes: Tensor) -> Tensor:
     """What codes 0 .. 15 stand for, float32."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return table[codes.to(torch.int64)]
+    return _table(codes.device)[codes.to(torch.int64)]
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    """Kept on each device, since copying it there makes a GPU wait."""
+    with torch.inference_mode(False):
+        return torch.tensor([*E2M1, *(-value for value in E2M1)], device=device)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:
