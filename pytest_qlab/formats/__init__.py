@@ -2,6 +2,8 @@
 
 from pytest_qlab.formats.activations import (
     ActivationQuantizer,
+    PerBlockMxfp4,
+    PerBlockNvfp4,
     PerTensorAffine,
     PerTokenFloat8,
     PerTokenSymmetric,
@@ -28,6 +30,8 @@ __all__ = [
     "Incoherent",
     "MicroscaledFloat4",
     "PackedWeight",
+    "PerBlockMxfp4",
+    "PerBlockNvfp4",
     "PerTensorAffine",
     "PerTokenFloat8",
     "PerTokenSymmetric",

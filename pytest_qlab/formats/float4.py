@@ -1,9 +1,8 @@
-"""Numbers of 4 bits, E2M1, with a scale for each block of a row: MXFP4 and NVFP4.
+"""Weights of 4 bits, E2M1, with a scale for each block of a row: MXFP4 and NVFP4.
 
-E2M1 is the element of OCP's microscaling formats (MX v1.0, section 5.3.3): a sign, 2 bits of
-exponent, 1 of mantissa. MXFP4 has blocks of 32 with powers of two, E8M0, as scales; NVFP4 has
-blocks of 16 with scales in E4M3 and one more scale for the whole tensor. Both are
-`element * scale` along the inputs; codes of two neighbours share a byte, the first in its low half.
+MXFP4 has blocks of 32 with powers of two, E8M0, as scales; NVFP4 has blocks of 16 with scales in
+E4M3 and one more scale for the whole tensor. Both are `element * scale` along the inputs; codes of
+two neighbours share a byte, the first in its low half.
 """
 
 from __future__ import annotations
@@ -18,28 +17,10 @@ from pytest_qlab.errors import CorruptEntryError
 from pytest_qlab.formats.affine import group_count, group_length
 from pytest_qlab.formats.base import PackedWeight, register_format, stored_tensor
 from pytest_qlab.formats.bits import pack, packed_width, unpack
+from pytest_qlab.formats.e2m1 import BITS, LARGEST_E8M0, e2m1_values, e8m0_values
 
-BITS = 4
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What codes 0 .. 7 stand for; 8 .. 15 are their negatives."""
-LARGEST = E2M1[-1]
-E8M0_BIAS = 127
-LARGEST_E8M0 = 254
-LARGEST_E4M3 = 0x7E
+LARGEST_E4M3_BITS = 0x7E
 """Bits of the largest scales; what is above is no number, or negative."""
-
-
-def e2m1_values(codes: Tensor) -> Tensor:
-    """What codes 0 .. 15 stand for, float32."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return table[codes.to(torch.int64)]
-
-
-def e8m0_values(exponents: Tensor) -> Tensor:
-    """2**(exponent - 127) of biased exponents 0 .. 254, uint8, to the bit: float32."""
-    bits = exponents.to(torch.int32) << 23
-    # The least, 2**-127, has no exponent of its own in float32: it is subnormal.
-    return torch.where(bits == 0, 1 << 22, bits).view(torch.float32)
 
 
 @register_format
@@ -134,7 +115,7 @@ class MicroscaledFloat4(PackedWeight):
                 f"The scales of a packed weight are {scales.dtype}; expected {wanted}. The stored "
                 "artefact is damaged: delete it and run again."
             )
-        largest = LARGEST_E8M0 if tensor_scale is None else LARGEST_E4M3
+        largest = LARGEST_E8M0 if tensor_scale is None else LARGEST_E4M3_BITS
         if scales.numel() and int(scales.view(torch.uint8).max()) > largest:
             raise CorruptEntryError(
                 "A scale of a packed weight is negative or no number. The stored artefact is "

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pytest_qlab.errors import CorruptEntryError, StoreError
-from pytest_qlab.formats.activations import PerTensorAffine
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.crossover import crossover, slowdown
+from pytest_qlab.kernels.fp4 import Mxfp4CudaLinear, Nvfp4CudaLinear
 from pytest_qlab.kernels.fp8 import Float8CudaLinear
 from pytest_qlab.kernels.int4 import Int4CpuLinear, Int4CudaLinear
 from pytest_qlab.kernels.int8 import Int8Linear
@@ -34,6 +34,8 @@ KERNELS: tuple[type[KernelLinear], ...] = (
     W8A8CpuLinear,
     W8A8CudaLinear,
     Float8CudaLinear,
+    Mxfp4CudaLinear,
+    Nvfp4CudaLinear,
 )
 _BY_NAME = {kind.kernel: kind for kind in KERNELS}
 TOLERANCE = 2.0**-5
@@ -105,7 +107,7 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
             module = kind(source)
             rows = probe(source, weight)
             error = largest_error(module, source, weight, rows)
-        except RuntimeError as failure:  # whatever an operator makes of a shape or a processor
+        except (RuntimeError, ValueError) as failure:  # what operators make of shapes, processors
             return Choice(source, f"{kind.kernel} failed: {str(failure).splitlines()[0]}")
         if not error <= TOLERANCE:  # nor if it is NaN
             return Choice(
@@ -193,13 +195,10 @@ def probe(source: PackedLinear, weight: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(PROBE_ROWS, source.in_features, generator=generator).to(weight.device)
-    largest = 1.0
-    if isinstance(source.activation, PerTensorAffine):
-        top = 2**source.activation.bits - 1
-        ends = max(source.activation.zero_point, top - source.activation.zero_point)
-        largest = ends * source.activation.scale
-        rows *= largest / 3
-    rows[-1] = weight[0].sign() * largest
+    held = None if source.activation is None else source.activation.largest
+    if held is not None:
+        rows *= held / 3
+    rows[-1] = weight[0].sign() * (held or 1.0)
     return rows.to(source.dtype)
 
 

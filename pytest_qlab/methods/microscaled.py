@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pytest_qlab.methods.base import Method, QuantizedLayer
-from pytest_qlab.methods.inputs import check_weight
+from pytest_qlab.methods.base import Method, QuantizedLayer, Statistic
+from pytest_qlab.methods.inputs import check_statistics, check_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ class Mxfp4(Method):
         scale: `floor`: the exponent of the block's largest weight less that of 4, so that weights
             beyond 6 times the scale saturate; `ceil`: the least power of two with which none does;
             `even`: twice that of `floor` for blocks whose largest weight is at least 7 times it.
+        activations: round the inputs, too, by the same rule for each 32 of a token.
     """
 
     name: ClassVar[str] = "mxfp4"
@@ -27,24 +28,32 @@ class Mxfp4(Method):
     reference: ClassVar[str] = "OCP Microscaling Formats 1.0"
 
     scale: Literal["floor", "ceil", "even"] = "floor"
+    activations: bool = False
 
     def quantize(
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
     ) -> QuantizedLayer:
         """Round to the nearest E2M1 number; see `Method.quantize`."""
+        from pytest_qlab.formats.activations import PerBlockMxfp4
         from pytest_qlab.solvers import float4
         from pytest_qlab.solvers.codebook import round_nearest
 
         check_weight(weight, name)
-        return QuantizedLayer(round_nearest(weight, float4.Mxfp4(self.scale)))
+        packed = round_nearest(weight, float4.Mxfp4(self.scale))
+        return QuantizedLayer(packed, PerBlockMxfp4(self.scale) if self.activations else None)
 
 
 class Nvfp4(Method):
     """NVIDIA's NVFP4: blocks of 16 columns under an E4M3 scale, below one of the tensor.
 
+    The scale of inputs that is above those of blocks follows from the largest magnitude seen in
+    calibration. A layer that no calibration token has reached, such as an idle expert, has none:
+    its inputs get one for each token at run time.
+
     Options:
-        four_over_six: choose for each block whether its largest weight becomes 6 or 4, whichever
-            has the less squared error.
+        four_over_six: choose for each block of weights whether its largest becomes 6 or 4,
+            whichever has the less squared error.
+        activations: round the inputs, too, in blocks of 16 of a token.
     """
 
     name: ClassVar[str] = "nvfp4"
@@ -52,13 +61,27 @@ class Nvfp4(Method):
     reference: ClassVar[str] = "arXiv 2509.25149; arXiv 2512.02010 for four_over_six"
 
     four_over_six: bool = False
+    activations: bool = False
+
+    @property
+    def wanted_statistics(self) -> frozenset[Statistic]:
+        """The range of the inputs, where they are rounded."""
+        return frozenset({"channels"}) if self.activations else frozenset()
 
     def quantize(
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
     ) -> QuantizedLayer:
         """Round to the nearest E2M1 number; see `Method.quantize`."""
+        import torch
+
+        from pytest_qlab.formats.activations import PerBlockNvfp4
         from pytest_qlab.solvers import float4
         from pytest_qlab.solvers.codebook import round_nearest
 
         check_weight(weight, name)
-        return QuantizedLayer(round_nearest(weight, float4.Nvfp4(self.four_over_six)))
+        packed = round_nearest(weight, float4.Nvfp4(self.four_over_six))
+        if not self.activations:
+            return QuantizedLayer(packed)
+        known = check_statistics(statistics, weight, name, self.name, gram=False)
+        largest = torch.maximum(-known.minimum, known.maximum).max()
+        return QuantizedLayer(packed, PerBlockNvfp4.from_largest(float(largest)))

@@ -9,42 +9,30 @@ arXiv 2509.25149). Four over six: Cook et al., arXiv 2512.02010.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pytest_qlab.formats.affine import group_length
-from pytest_qlab.formats.float4 import (
-    E8M0_BIAS,
+from pytest_qlab.formats.e2m1 import (
     LARGEST,
-    LARGEST_E8M0,
-    MicroscaledFloat4,
+    MXFP4_BLOCK,
+    NVFP4_BLOCK,
+    ScaleRule,
+    e2m1_codes,
     e2m1_values,
+    e4m3_scales,
+    e8m0_scales,
     e8m0_values,
+    scale_above,
 )
+from pytest_qlab.formats.float4 import MicroscaledFloat4
+from pytest_qlab.formats.float8 import LARGEST as LARGEST_E4M3
 from pytest_qlab.solvers.grid import grouped
 
-ScaleRule = Literal["floor", "ceil", "even"]
-MXFP4_BLOCK = 32
-NVFP4_BLOCK = 16
-LARGEST_E4M3 = 448.0
-SMALLEST_E4M3 = 2.0**-9
 SIX_OVER_FOUR = 1.5
 LARGEST_SCALE_OF_SIX = 256.0
 """The largest block scale with four over six: 1.5 times as much is still in E4M3."""
-
-
-def e2m1_codes(values: Tensor) -> Tensor:
-    """Codes of the E2M1 numbers nearest to `values`, uint8; ties go to the even code.
-
-    Beyond 6 they saturate. The sign is kept where a value is rounded to zero, as by a conversion.
-    """
-    size = values.abs().clamp_(max=LARGEST)
-    # Spacing is 0.5 below 2, 1 below 4, then 2; `round` takes ties to even, which is the even code.
-    steps = torch.where(size < 2, (2 * size).round(), size.round() + 2)
-    steps = torch.where(size < 4, steps, (size / 2).round() + 4)
-    return steps.to(torch.uint8) | values.signbit().to(torch.uint8) << 3
 
 
 @dataclass(frozen=True)
@@ -99,15 +87,7 @@ class Mxfp4:
     def fit(self, weight: Tensor) -> Float4Points:
         """See `Codebook.fit`."""
         largest = grouped(weight, MXFP4_BLOCK).abs().amax(-1)
-        fraction, exponent = torch.frexp(largest)  # the fraction is in [0.5, 1)
-        exponent = exponent - 3
-        if self.scale == "ceil":
-            exponent = exponent + (fraction > LARGEST / 8).to(exponent.dtype)
-        elif self.scale == "even":
-            # From 7 times the scale on: 8 is as near as 6, and then the even one.
-            exponent = exponent + (fraction >= 7 / 8).to(exponent.dtype)
-        exponent = exponent.masked_fill(largest == 0, -E8M0_BIAS)
-        stored = (exponent + E8M0_BIAS).clamp(0, LARGEST_E8M0).to(torch.uint8)
+        stored = e8m0_scales(largest, self.scale)
         length = group_length(weight.shape[1], MXFP4_BLOCK)
         return Float4Points(stored, None, e8m0_values(stored), length, MXFP4_BLOCK)
 
@@ -130,13 +110,11 @@ class Nvfp4:
         groups = grouped(weight, NVFP4_BLOCK)
         largest = groups.abs().amax(-1)
         top = LARGEST_SCALE_OF_SIX if self.four_over_six else LARGEST_E4M3
-        tiny = torch.finfo(torch.float32).tiny
-        # Not subnormal, where little of it would be left.
-        tensor_scale = (largest.amax() / (top * LARGEST)).clamp(min=tiny).to(torch.float32)
+        tensor_scale = scale_above(largest.amax(), top)
         wanted = largest / LARGEST / tensor_scale
-        stored = _to_e4m3(wanted)
+        stored = e4m3_scales(wanted).to(torch.float32)
         if self.four_over_six:
-            wider = _to_e4m3(wanted * SIX_OVER_FOUR)
+            wider = e4m3_scales(wanted * SIX_OVER_FOUR).to(torch.float32)
             better = _errors(groups, wider, tensor_scale) < _errors(groups, stored, tensor_scale)
             stored = torch.where(better, wider, stored)
         return Float4Points(
@@ -146,12 +124,6 @@ class Nvfp4:
             group_length(weight.shape[1], NVFP4_BLOCK),
             NVFP4_BLOCK,
         )
-
-
-def _to_e4m3(scales: Tensor) -> Tensor:
-    """Rounded to E4M3, ties to even; never to 0, which would lose the block. float32."""
-    held = scales.to(torch.float32).clamp(SMALLEST_E4M3, LARGEST_E4M3)
-    return held.to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def _errors(groups: Tensor, stored: Tensor, tensor_scale: Tensor) -> Tensor:

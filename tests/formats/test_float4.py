@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
 from pytest_qlab.formats import MicroscaledFloat4, load_packed
-from pytest_qlab.formats.float4 import e2m1_values, e8m0_values
+from pytest_qlab.formats.e2m1 import e2m1_values, e8m0_values
 from tests.formats.test_packed_weights import reloaded
 
 E4M3 = torch.float8_e4m3fn

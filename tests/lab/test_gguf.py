@@ -92,6 +92,7 @@ def test_what_a_file_cannot_hold_is_not_written_and_not_even_quantized(tmp_path:
     for spec, message in (
         ("dynamic", "quantizes the inputs"),
         ("static", "quantizes the inputs"),
+        ("mxfp4:activations", "quantizes the inputs"),
         ("gptq", "has zero points"),
         ("awq", "has zero points"),
         ("gptq:symmetric:static_groups=false:group_size=32", "not neighbours"),

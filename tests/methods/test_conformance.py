@@ -56,6 +56,8 @@ class TestMicroscaling(MethodConformance):
         "mxfp4:scale=even",
         "nvfp4",
         "nvfp4:four_over_six",
+        "mxfp4:scale=even:activations",
+        "nvfp4:activations",
     )
 
 

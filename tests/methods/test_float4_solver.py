@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pytest_qlab.formats import MicroscaledFloat4
+from pytest_qlab.formats.e2m1 import ScaleRule, e2m1_codes
 from pytest_qlab.methods.ggml import Ggml
 from pytest_qlab.solvers.codebook import round_nearest
-from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4, ScaleRule, e2m1_codes
+from pytest_qlab.solvers.float4 import Mxfp4, Nvfp4
 from tests.formats.test_float4 import e2m1, e4m3
 from tests.toy import toy_weight
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab.formats import BlockwiseTable, MicroscaledFloat4
+from pytest_qlab.formats import (
+    BlockwiseTable,
+    MicroscaledFloat4,
+    PerBlockMxfp4,
+    PerBlockNvfp4,
+)
+from pytest_qlab.kernels.fp4 import tiled, untiled
 from pytest_qlab.methods.blockwise import Fp4, Nf4
 from pytest_qlab.methods.hqq import Hqq
 from pytest_qlab.methods.microscaled import Mxfp4, Nvfp4
@@ -167,3 +173,55 @@ def test_torchao_nvfp4(name: str) -> None:
     unequal = ours.tensors()["codes"] != data.view(torch.uint8).view(len(weight), -1)
     inside = ordinary.repeat_interleave(8, 1)
     assert float(unequal[inside].float().mean()) < 1e-4
+
+
+@named
+@pytest.mark.parametrize(
+    ("rule", "mode"), [("floor", "FLOOR"), ("ceil", "RCEIL"), ("even", "EVEN")]
+)
+def test_torchao_mxfp4_inputs(name: str, rule: Any, mode: str) -> None:
+    mx = pytest.importorskip(
+        "torchao.prototype.mx_formats.mx_tensor",
+        reason="torchao is no dependency: pip install torchao==0.18.0",
+    )
+    x = WEIGHTS[name]
+    theirs = mx.MXTensor.to_mx(
+        x, torch.float4_e2m1fn_x2, 32, scaling_mode=mx.ScaleCalculationMode[mode]
+    )
+    assert torch.equal(PerBlockMxfp4(rule)(x), theirs.dequantize(torch.float32))
+
+
+@named
+@pytest.mark.parametrize("share", [None, 1.0, 0.25])
+def test_torchao_nvfp4_inputs(name: str, share: float | None) -> None:
+    """With a range found at run time, which is of all tokens there: of one, here. And calibrated.
+
+    Halfway between two numbers, and where torchao's scales end, they may differ.
+    """
+    nv = pytest.importorskip(
+        "torchao.prototype.mx_formats.nvfp4_tensor",
+        reason="torchao is no dependency: pip install torchao==0.18.0",
+    )
+    for start in range(16):
+        token = WEIGHTS[name][start : start + 1]
+        seen = (share or 1.0) * token.abs().max()
+        ours = PerBlockNvfp4() if share is None else PerBlockNvfp4.from_largest(float(seen))
+        theirs = nv.NVFP4Tensor.to_nvfp4(token, per_tensor_scale=nv.per_tensor_amax_to_scale(seen))
+        expected, found = theirs.dequantize(torch.float32), ours(token)
+        ordinary = (theirs.scale.float() > 2.0**-6).repeat_interleave(16, 1)
+        off = ~torch.isclose(found, expected, rtol=1e-6, atol=0)
+        assert int(off[ordinary].sum()) <= 2
+        assert float(ordinary.float().mean()) > 0.9
+
+
+def test_torchaos_order_of_block_scales() -> None:
+    utils = pytest.importorskip(
+        "torchao.prototype.mx_formats.utils",
+        reason="torchao is no dependency: pip install torchao==0.18.0",
+    )
+    generator = torch.Generator().manual_seed(0)
+    for rows, blocks in ((7, 3), (128, 4), (200, 9), (300, 16)):
+        scales = torch.randint(0, 255, (rows, blocks), generator=generator).to(torch.uint8)
+        theirs = utils.to_blocked(scales).flatten()
+        assert torch.equal(tiled(scales), theirs)
+        assert torch.equal(untiled(theirs, rows, blocks), scales)

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from pytest_qlab import Lab
 from pytest_qlab.formats import MicroscaledFloat4
-from pytest_qlab.formats.activations import PerTokenFloat8, PerTokenSymmetric
+from pytest_qlab.formats.activations import (
+    PerBlockMxfp4,
+    PerBlockNvfp4,
+    PerTokenFloat8,
+    PerTokenSymmetric,
+)
 from pytest_qlab.formats.float8 import ScaledFloat8
 from pytest_qlab.methods.dynamic import Dynamic
 from pytest_qlab.methods.fp8 import Fp8
@@ -88,14 +93,18 @@ def packed(weight: Tensor, found: Theirs, module: str, name: str) -> dict[str, T
     return made
 
 
-def inputs_of(x: Tensor, scheme: str) -> Tensor:
-    """A layer's inputs as it rounds them at run time."""
+def inputs_of(x: Tensor, scheme: str, seen: float | None = None) -> Tensor:
+    """A layer's inputs as it rounds them at run time, after calibration has seen magnitudes."""
     library = pytest.importorskip("compressed_tensors.quantization", reason=REASON)
     tools = pytest.importorskip("compressed_tensors.quantization.utils", reason=REASON)
     args = library.preset_name_to_scheme(scheme, ["Linear"]).input_activations
     value = x.unsqueeze(0)
-    scale, zero = tools.compute_dynamic_scales_and_zp(value, args, torch.nn.Identity())
-    rounded: Tensor = library.fake_quantize(value, scale, zero, args)[0]
+    above = None
+    if seen is not None:
+        above = tools.generate_gparam(torch.tensor(-seen), torch.tensor(seen))
+    module = torch.nn.Identity()
+    scale, zero = tools.compute_dynamic_scales_and_zp(value, args, module, global_scale=above)
+    rounded: Tensor = library.fake_quantize(value, scale, zero, args, global_scale=above)[0]
     return rounded
 
 
@@ -212,6 +221,29 @@ def test_int8_inputs(name: str) -> None:
     assert bool(((found - expected).abs() <= 1.01 * limit + largest / 127 / 255).all())
     errors = [float((each - x).norm()) for each in (found, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@named
+def test_mxfp4_inputs(name: str) -> None:
+    x = WEIGHTS[name]
+    assert torch.equal(PerBlockMxfp4("even")(x), inputs_of(x, "MXFP4"))
+
+
+@named
+@pytest.mark.parametrize("share", [1.0, 0.25, 4.0])
+def test_nvfp4_inputs(name: str, share: float) -> None:
+    """Calibration has seen all of the range, a quarter of it, or more: what is beyond saturates.
+
+    Blocks whose scale leaves E4M3 downwards are rounded to zero there, as those of weights are.
+    """
+    x = WEIGHTS[name]
+    seen = share * float(x.abs().max())
+    found, expected = PerBlockNvfp4.from_largest(seen)(x), inputs_of(x, "NVFP4", seen)
+    largest = x.view(len(x), -1, 16).abs().amax(-1)
+    kept = (largest / 6 * (448 * 6 / seen) >= 2.0**-9).repeat_interleave(16, 1)
+    assert float(kept.float().mean()) > 0.97
+    torch.testing.assert_close(found[kept], expected[kept], rtol=1e-6, atol=0)
+    assert float(found.abs().max()) <= seen * (1 + 1e-6)
 
 
 # A model
