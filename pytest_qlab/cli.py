@@ -211,7 +211,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 def _serve_bench(options: argparse.Namespace) -> int:
     from pytest_qlab.engines.openai_endpoint import Endpoint
-    from pytest_qlab.metrics.load import drive, unique_prompts
+    from pytest_qlab.metrics.load import check_lengths, drive, unique_prompts
     from pytest_qlab.metrics.serving import Limits, loads_named
 
     loads = loads_named(options.concurrency, options.rate)
@@ -230,7 +230,9 @@ def _serve_bench(options: argparse.Namespace) -> int:
     try:
         for load in loads:
             print(f"qlab: {load}", file=sys.stderr)
-            runs.append(drive(endpoint, load, prompts, options.tokens, limits, seed=options.seed))
+            run = drive(endpoint, load, prompts, options.tokens, limits, seed=options.seed)
+            check_lengths(run, prompts, endpoint.count)
+            runs.append(run)
     finally:  # What was measured before a load failed is not lost.
         if runs:
             _emit(render_runs(runs, options.model))

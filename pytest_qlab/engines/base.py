@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy generation, timed by the engine's process.
+
+    Attributes:
+        tokens: what was generated, in order.
+        first_ns: nanoseconds from an empty cache to the first token.
+        rest_ns: nanoseconds from the first token to the last.
+    """
+
+    tokens: tuple[int, ...]
+    first_ns: int
+    rest_ns: int
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """One load in a fresh process of the runtime, timed by that process, in seconds.
+
+    Attributes:
+        load: from a started process, its libraries imported, to a model that can generate, a byte
+            of every page of its file read.
+        first: the first token of the first call after that.
+        steady: the same of the calls after that.
+        token: which token that is.
+    """
+
+    load: float
+    first: float
+    steady: tuple[float, ...]
+    token: int
 
 
 class Engine(Protocol):
@@ -84,6 +118,13 @@ class Engine(Protocol):
 
     def decode(self, token: int) -> None:
         """Run one more token up to the logits after it, and keep it in the cache; for timing."""
+        ...
+
+    def generate(self, ids: Sequence[int], tokens: int) -> Generated:
+        """Exactly that many greedy tokens after `ids`, from an empty cache; as `prefill` runs.
+
+        No token ends it. Times are taken where the tokens are made.
+        """
         ...
 
     def close(self) -> None:

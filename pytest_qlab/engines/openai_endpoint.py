@@ -2,7 +2,8 @@
 
 Replies are streamed as server-sent events, so that each chunk's time is known. The number of
 generated tokens is forced (`max_tokens`, and `min_tokens` and `ignore_eos` where the server knows
-them), and counted by the server's own `usage`, because a chunk may bring several tokens.
+them), and counted by the server's own `usage`, because a chunk may bring several tokens. A server
+that sends none with a stream still says whether a reply ended at its length (`finish_reason`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,6 +91,26 @@ class Endpoint:
                 if left <= 0:
                     return None
 
+    def count(self, request: Request) -> int | None:
+        """How many tokens the server generates for a request; None where it does not say.
+
+        By the `usage` of a reply that is not streamed, which servers send that have none in
+        streams. It waits for the reply.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        whole = {"stream", "stream_options"}
+        body = {key: value for key, value in self.body(request).items() if key not in whole}
+        try:
+            with self._answered(body) as response:
+                usage = json.loads(response.read()).get("usage") or {}
+            found = usage.get("completion_tokens")
+            return None if found is None else int(found)
+        except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as error:
+            said = str(error) or type(error).__name__
+            raise EngineError(f"{self._url} did not answer without a stream: {said}") from error
+
     def body(self, request: Request) -> dict[str, Any]:
         """What is sent for a request."""
         prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
@@ -122,15 +144,8 @@ class Endpoint:
         return Reply(request.number, sent, error=f"{self._url} {what}")
 
     def _ask(self, request: Request, sent: float) -> Reply:
-        connection = self._connect(self._host, self._port, timeout=self._timeout)
-        try:
-            body = json.dumps(self.body(request)).encode()
-            connection.request("POST", self._path, body, self._headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                said = response.read(4 * _SHOWN).decode(errors="replace").strip()
-                raise EngineError(_refusal(response.status, response.reason, said, self._force))
-            stream = Stream()
+        with self._answered(self.body(request)) as response:
+            stream = Stream(request.tokens)
             while not stream.done:
                 line = response.readline()
                 if not line:
@@ -138,16 +153,33 @@ class Endpoint:
                 if line.startswith(b"data:"):
                     stream.add(line[5:].strip(), self.now())
             return stream.reply(request.number, sent)
+
+    @contextmanager
+    def _answered(self, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
+        """The response to that body, if it is none that refuses."""
+        connection = self._connect(self._host, self._port, timeout=self._timeout)
+        try:
+            connection.request("POST", self._path, json.dumps(body).encode(), self._headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                said = response.read(4 * _SHOWN).decode(errors="replace").strip()
+                raise EngineError(_refusal(response.status, response.reason, said, self._force))
+            yield response
         finally:
             connection.close()
 
 
 class Stream:
-    """The events of one streamed completion, as they come."""
+    """The events of one streamed completion, as they come.
 
-    def __init__(self) -> None:
+    Args:
+        asked: how many tokens were asked for.
+    """
+
+    def __init__(self, asked: int) -> None:
         self.done = False
-        self._finished = False
+        self._asked = asked
+        self._finish = ""
         self._times: list[float] = []
         self._seen: list[int | None] = []
         self._usage: Mapping[str, Any] = {}
@@ -168,7 +200,7 @@ class Stream:
             usage = event.get("usage") or {}
             total = None if not usage else int(usage["completion_tokens"])
             for choice in event["choices"]:
-                self._finished |= choice.get("finish_reason") is not None
+                self._finish = str(choice.get("finish_reason") or self._finish)
                 text = choice["text"]
                 known = next((n for n in reversed(self._seen) if n is not None), 0)
                 grew = total is not None and total > known
@@ -187,15 +219,22 @@ class Stream:
     def reply(self, number: int, sent: float) -> Reply:
         """The reply that the events add up to.
 
+        Without `usage`, a reply that the server ended for its length has the length asked for;
+        of another, each chunk is counted as a token.
+
         Raises:
             EngineError: the stream broke off, or brought no token.
         """
-        if not self.done and not self._finished:
+        if not self.done and not self._finish:
             raise EngineError(f"broke the stream off after {len(self._times)} chunks")
         if not self._times:
             raise EngineError("ended the stream without a token")
         chunks = len(self._times)
-        total = self._usage.get("completion_tokens")
+        total, counted = self._usage.get("completion_tokens"), "usage"
+        if total is None:
+            counted = "chunks"
+            if self._finish == "length":
+                total, counted = self._asked, "length"
         counts = [1] * chunks
         if total is not None and None not in self._seen:
             # The server counted at every chunk.
@@ -211,7 +250,8 @@ class Stream:
             times=tuple(self._times),
             counts=tuple(counts),
             prompt_tokens=self._usage.get("prompt_tokens"),
-            counted="chunks" if total is None else "usage",
+            counted=counted,
+            finish=self._finish,
         )
 
 

@@ -27,7 +27,9 @@ class Reply:
         counts: how many tokens each chunk brought.
         prompt_tokens: how many tokens the prompt had; None where nobody told.
         counted: what `counts` come from: `tokens` (each seen by itself), `usage` (the server's
-            count), or `chunks` (nothing better was there).
+            count), `length` (the server says that it ended at the length asked for), or `chunks`
+            (nothing better was there).
+        finish: why it ended, in the server's word; empty where it gave none.
         error: why it failed; else empty.
     """
 
@@ -37,6 +39,7 @@ class Reply:
     counts: tuple[int, ...] = ()
     prompt_tokens: int | None = None
     counted: str = "tokens"
+    finish: str = ""
     error: str = ""
 
     @property

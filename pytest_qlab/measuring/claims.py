@@ -12,17 +12,22 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
 
 
-def refuse_engine(candidate: Candidate, what: str) -> None:
-    """Raise where another runtime runs the candidate, in a process that this is not measured in.
+def has_engine(candidate: Candidate) -> bool:
+    """Whether another runtime runs the candidate, in a process of its own."""
+    return type(candidate.method).engine is not Method.engine
+
+
+def refuse_engine(candidate: Candidate) -> None:
+    """Raise where another runtime would have to serve the candidate.
 
     Raises:
         MetricError: so it is.
     """
-    if type(candidate.method).engine is not Method.engine:
+    if has_engine(candidate):
         raise MetricError(
-            f"{what} of {candidate.id} is not measured, because another runtime runs it in a "
-            "process of its own. Its latency is; or start that runtime's server, and put load on "
-            "it with qlab serve-bench."
+            f"Serving of {candidate.id} is not measured, because another runtime runs it, one "
+            "request at a time. Its latency, throughput and load times are; for many at a time, "
+            "start that runtime's server, and put load on it with qlab serve-bench."
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,16 @@ from pytest_qlab.engines.continuous_batching import continuous_batching
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.measuring.claims import refuse_engine, refuse_simulated
-from pytest_qlab.measuring.speed import alone, conditions, text_tokens
+from pytest_qlab.measuring.speed import alone, clocks_with, conditions, text_tokens
 from pytest_qlab.measuring.speed import prompt as first_tokens
+from pytest_qlab.metrics.latency import Clocks
 from pytest_qlab.metrics.load import drive
 from pytest_qlab.metrics.serving import Limits, Load, Serving, ServingRun
 from pytest_qlab.metrics.throughput import Generation, PairedThroughput, measure_generations
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
@@ -94,27 +96,62 @@ def generation(
         started = clock()
         with torch.inference_mode():
             model.generate(ids, attention_mask=mask, generation_config=config, streamer=stamps)
-        if len(stamps.times) != tokens + 1:
-            raise MetricError(
-                f"A generation brought {len(stamps.times) - 1} tokens, and {tokens} were asked "
-                "for, so speeds cannot be compared. The model's own generation settings end it "
-                "early: take stopping criteria out of its generation_config."
-            )
+        _check_length(
+            len(stamps.times) - 1,
+            tokens,
+            "The model's own generation settings end it early: take stopping criteria out of its "
+            "generation_config.",
+        )
         _, first, *_, last = stamps.times
         return first - started, last - first
 
     return run
 
 
+def engine_generation(engine: Engine, ids: Tensor, tokens: int) -> Callable[[], Generation]:
+    """The same by the runtime that has the model open, timed by the runtime's process."""
+    prompt = ids[0].tolist()
+
+    def run() -> Generation:
+        found = engine.generate(prompt, tokens)
+        _check_length(len(found.tokens), tokens, f"{engine.name} ends generations by itself.")
+        return found.first_ns, found.rest_ns
+
+    return run
+
+
+def _check_length(found: int, asked: int, why: str) -> None:
+    if found != asked:
+        raise MetricError(
+            f"A generation brought {found} tokens, and {asked} were asked for, so speeds cannot be "
+            f"compared. {why}"
+        )
+
+
+@contextmanager
+def _generator(
+    candidate: Candidate, ids: Tensor, tokens: int
+) -> Iterator[tuple[Callable[[], Generation], Clocks]]:
+    """The candidate's generation, and clocks that count the CPU time of its engine, too."""
+    engine = candidate.engine()
+    if engine is None:
+        yield generation(candidate.speed_model, ids, tokens), Clocks()
+        return
+    with engine:
+        yield engine_generation(engine, ids, tokens), clocks_with(engine)
+
+
 def measure_throughput(candidate: Candidate) -> Throughput:
     """Generate with the candidate and the base model in turn, alone on this machine.
+
+    The base model runs in torch; a candidate that brings a runtime runs in that.
 
     Raises:
         NotMeasuredError: the machine was disturbed, or the kernel is simulated and the policy is
             to skip.
-        MetricError: the kernel is simulated and the policy is to fail, or another runtime runs it.
+        MetricError: the kernel is simulated and the policy is to fail.
+        EngineError: the candidate's runtime failed.
     """
-    refuse_engine(candidate, "The throughput")
     simulated = refuse_simulated(candidate, "The throughput")
     lab = candidate.lab
     prompt, tokens = _lengths(lab, PROMPT_TOKENS, NEW_TOKENS)
@@ -123,15 +160,17 @@ def measure_throughput(candidate: Candidate) -> Throughput:
 
     def compute() -> dict[str, Any]:
         ids = first_tokens(lab, prompt)
-        with alone(lab):
+        base = generation(lab.speed_base, ids, tokens)
+        with alone(lab), _generator(candidate, ids, tokens) as (ours, clocks):
             lab.progress(f"{candidate.id}: throughput")
             found = measure_generations(
-                generation(lab.speed_base, ids, tokens),
-                generation(candidate.speed_model, ids, tokens),
+                base,
+                ours,
                 prompt=ids.shape[1],
                 tokens=tokens,
                 rounds=ROUNDS,
                 max_seconds=MOST_SECONDS,
+                clocks=clocks,
             )
         found.usable()  # A disturbed measurement is raised over, not stored.
         return found.to_dict()
@@ -167,7 +206,7 @@ def measure_serving(
             the policy is to fail; or another runtime runs the candidate.
         EngineError: continuous batching cannot run this model.
     """
-    refuse_engine(candidate, "Serving")
+    refuse_engine(candidate)
     simulated = refuse_simulated(candidate, "Serving")
     lab = candidate.lab
     prompt, tokens = _lengths(lab, prompt, tokens)

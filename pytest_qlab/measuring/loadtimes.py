@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.checkpoint import INDEX_FILE, MODEL_FILE
-from pytest_qlab.errors import NotMeasuredError
+from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.measuring.child import answer_of_child
-from pytest_qlab.measuring.claims import refuse_engine, refuse_simulated
+from pytest_qlab.measuring.claims import has_engine, refuse_simulated
+from pytest_qlab.measuring.loading import STEADY
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
-from pytest_qlab.measuring.speed import alone, conditions, text_tokens
-from pytest_qlab.stats.intervals import sample_quantile
+from pytest_qlab.measuring.speed import THREADS, alone, conditions, text_tokens
+from pytest_qlab.stats.intervals import MEDIAN_SAMPLES, sample_quantile
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
 
 PROMPT_TOKENS = 128
-REPEATS = 3
+REPEATS = MEDIAN_SAMPLES
+MOST_SECONDS = 1800.0
+"""No cold and warm load begin after this."""
 COLD_SHARE = 0.05
 """A load is cold if at most this share of the checkpoint was still in memory."""
-LOADING_VERSION = 2
+LOADING_VERSION = 3
+
+Load = Callable[[], dict[str, Any]]
+"""Loads a model in a fresh process: seconds of the `load`, of the `first` and `steady` tokens."""
 
 
 class Loading:
@@ -53,11 +64,15 @@ class Loading:
 def measure_loading(candidate: Candidate) -> Loading:
     """Load the candidate in fresh processes, cold and warm in turn, and time their first tokens.
 
+    Candidates that bring a runtime are loaded by it, in processes of its own.
+
     Raises:
+        NotMeasuredError: the time ran out before there were enough loads, or the candidate's
+            kernels are simulated and the policy is to skip.
         MetricError: the candidate cannot be loaded by itself, or its kernels are simulated and the
             policy is to fail.
+        EngineError: the candidate's runtime failed.
     """
-    refuse_engine(candidate, "The load time")
     # A process that loads the candidate by itself dequantizes.
     wanted = candidate.checkpoint.wanted_kernels
     simulated = refuse_simulated(candidate, "The load time", wanted)
@@ -70,8 +85,8 @@ def measure_loading(candidate: Candidate) -> Loading:
         candidate.release()
         gc.collect()
         lab.progress(f"{candidate.id}: loading")
-        with alone(lab), tempfile.TemporaryDirectory() as config:
-            return _load_in_turns(candidate, Path(config))
+        with alone(lab), _loader(candidate) as (load, files):
+            return _load_in_turns(candidate.id, load, files)
 
     stored = lab.store.json("loading", parts, compute)
     fields = {
@@ -83,7 +98,7 @@ def measure_loading(candidate: Candidate) -> Loading:
     found: dict[str, Estimate] = {}
     for kind in ("cold", "warm"):
         samples = [each["load"] for each in stored[kind]]
-        if samples:
+        if len(samples) >= MEDIAN_SAMPLES:
             found[f"load.{kind}"] = _median(f"load.{kind}", samples, "loads", fields)
     both = [*stored["cold"], *stored["warm"]]
     steady = sorted(time for each in both for time in each["steady"])
@@ -109,31 +124,52 @@ def _median(metric: str, samples: list[float], what: str, fields: dict[str, Any]
     )
 
 
-def _load_in_turns(candidate: Candidate, config: Path) -> dict[str, Any]:
+@contextmanager
+def _loader(candidate: Candidate) -> Iterator[tuple[Load, list[Path]]]:
+    """What loads the candidate once in a fresh process, and the files that are read then."""
     lab, directory = candidate.lab, candidate.checkpoint.directory
-    lab.base_model.config.save_pretrained(config)
-    given = {
-        "config": str(config),
-        "checkpoint": str(directory),
-        "dtype": lab.model.dtype,
-        "device": lab.model.device,
-        "ids": text_tokens(lab, lab.model.fitting(PROMPT_TOKENS)),
-    }
-    files = [directory / MODEL_FILE, directory / INDEX_FILE]
+    ids = text_tokens(lab, lab.model.fitting(PROMPT_TOKENS))
+    own = [directory / MODEL_FILE, directory / INDEX_FILE]
+    if has_engine(candidate):
+        files = [each for each in sorted(directory.iterdir()) if each.is_file()]
+        yield partial(_loaded_by_engine, candidate, ids), [f for f in files if f not in own]
+        return
+    with tempfile.TemporaryDirectory() as config:
+        lab.base_model.config.save_pretrained(config)
+        given = {
+            "config": config,
+            "checkpoint": str(directory),
+            "dtype": lab.model.dtype,
+            "device": lab.model.device,
+            "ids": ids,
+        }
+        yield partial(_loaded, candidate.id, given), own
+
+
+def _load_in_turns(candidate: str, load: Load, files: list[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {"cold": [], "warm": [], "reason": ""}
+    end = monotonic() + MOST_SECONDS
     for _ in range(REPEATS):
+        if monotonic() >= end:  # Raised over, not stored.
+            raise NotMeasuredError(
+                f"The load time of {candidate} was not measured: {len(found['warm'])} loads were "
+                f"made in {MOST_SECONDS:g} seconds, and an interval takes {MEDIAN_SAMPLES}. "
+                "Measure a smaller model here, or put the store on a faster disk (--qlab-store)."
+            )
         if not found["reason"]:
             found["reason"] = make_cold(files)
         if not found["reason"]:
-            found["cold"].append(_loaded(candidate.id, given))
+            found["cold"].append(load())
         for file in files:
             _read_through(file)
-        found["warm"].append(_loaded(candidate.id, given))
+        found["warm"].append(load())
     return found
 
 
 def make_cold(files: list[Path]) -> str:
     """Drop files from the page cache; why that is not possible, or an empty text."""
+    if not files:
+        return "there is no file of it that could leave memory."
     for file in files:
         drop_from_cache(file)
         share = cached_share(file)
@@ -152,6 +188,18 @@ def _read_through(file: Path) -> None:
     with file.open("rb") as stream:
         while stream.read(2**22):
             pass
+
+
+def _loaded_by_engine(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
+    """The same of the runtime that the candidate's method brings."""
+    directory = candidate.checkpoint.directory
+    found = candidate.method.time_load(directory, ids, steady=STEADY, threads=THREADS)
+    if found is None:
+        raise MetricError(
+            f"The load time of {candidate.id} is not measured, because the runtime that runs it "
+            f"does not time its loads: {type(candidate.method).__name__} has no `time_load`."
+        )
+    return asdict(found)
 
 
 def _loaded(candidate: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_qlab.candidate import Candidate
+    from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
 ROUNDS = 400
@@ -140,21 +141,27 @@ def timed_call(model: Any, ids: Tensor, phase: Phase) -> TimedCall:
     return TimedCall(decoding.step, decoding.restore)
 
 
+def clocks_with(engine: Engine) -> Clocks:
+    """Clocks of this process and of the engine's together, of which one waits for the other."""
+    here = Clocks()
+    return Clocks(
+        cpu=lambda: here.cpu() + engine.cpu_ns,
+        switches=lambda: here.switches() + engine.switches,
+    )
+
+
 @contextmanager
 def _runner(candidate: Candidate, ids: Tensor, phase: Phase) -> Iterator[tuple[TimedCall, Clocks]]:
     """The candidate's call, and clocks that count the CPU time of its engine, too."""
-    engine, here = candidate.engine(), Clocks()
+    engine = candidate.engine()
     if engine is None:
         model = _timed_model(candidate)
         with _plain_as_computed(model):
-            yield timed_call(model, ids, phase), here
+            yield timed_call(model, ids, phase), Clocks()
         return
     tokens = ids[0].tolist()
     with engine:
-        clocks = Clocks(
-            cpu=lambda: here.cpu() + engine.cpu_ns,
-            switches=lambda: here.switches() + engine.switches,
-        )
+        clocks = clocks_with(engine)
         if phase.decodes:
             fill = partial(engine.fill, tokens[:-1])
             yield TimedCall(partial(engine.decode, tokens[-1]), fill), clocks

@@ -6,7 +6,7 @@ tests are collected. The tensors' side is imported where a method runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pytest_qlab.calibration.sources import StatisticsSource
     from pytest_qlab.calibration.statistics import LayerStatistics
-    from pytest_qlab.engines.base import Engine
+    from pytest_qlab.engines.base import Engine, EngineLoad
     from pytest_qlab.formats.activations import ActivationQuantizer
     from pytest_qlab.formats.base import PackedWeight
     from pytest_qlab.methods.blocks import BlockContext
@@ -103,8 +103,22 @@ class Method(Configured):
     def engine(self, directory: Path, *, threads: int = 1) -> Engine | None:
         """For methods with a runtime of their own: it, open on a checkpoint's directory.
 
-        Quality and latency are then the engine's; None to run the packed layers in torch. Its
+        Quality and speed are then the engine's; None to run the packed layers in torch. Its
         numbers must not depend on `threads`, which an operation may use.
+        """
+        return None
+
+    def time_load(
+        self, directory: Path, ids: Sequence[int], *, steady: int, threads: int = 1
+    ) -> EngineLoad | None:
+        """For methods with a runtime of their own: one load of a checkpoint in a fresh process.
+
+        The runtime's files are whatever `import_model` has left in the directory. None where it
+        cannot time its loads.
+
+        Args:
+            ids: what the first token is generated from.
+            steady: how many more times that token is generated, each from an empty cache.
         """
         return None
 

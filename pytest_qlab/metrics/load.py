@@ -10,7 +10,7 @@ the last of those is complete.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pytest_qlab.engines.server import Reply, Request, Server
@@ -48,6 +48,37 @@ def drive(
     if not prompts or tokens < 1:
         raise MetricError("A load needs a prompt and at least one token to generate.")
     return _Driver(server, load, prompts, tokens, limits or Limits(), seed).run()
+
+
+def check_lengths(
+    run: ServingRun, prompts: Sequence[Prompt], count: Callable[[Request], int | None]
+) -> None:
+    """Hold a server that says its replies ended at their length to its own count of one.
+
+    A server may cut replies to what its context has room for, and say the same of them; theirs
+    would be the fewest chunks.
+
+    Args:
+        prompts: as given to `drive`.
+        count: how many tokens the server generates for a request; None where it does not say.
+
+    Raises:
+        MetricError: it generates another number than was asked for.
+        EngineError: it does not answer.
+    """
+    claimed = [each for each in run.measured if each.counted == "length"]
+    if not claimed:
+        return
+    shortest = min(claimed, key=lambda each: len(each.times))
+    prompt = prompts[shortest.number % len(prompts)]
+    found = count(Request(shortest.number, prompt, run.tokens))
+    if found is not None and found != run.tokens:
+        raise MetricError(
+            f"The load {run.load} was not measured: the server ends replies for their length, but "
+            f"by its own count generates {found} tokens where {run.tokens} are asked for. Its "
+            "context may have no room for more: give it a longer one (--n_ctx of "
+            "llama-cpp-python's server), or ask for fewer --tokens or --prompt-words."
+        )
 
 
 def unique_prompts(words: int, count: int = 2000) -> list[str]:

@@ -141,6 +141,22 @@ class ServingRun:
         """How many replies have another length than was asked for."""
         return sum(1 for each in self.measured if each.tokens != self.tokens)
 
+    @property
+    def unverified(self) -> int:
+        """How many replies may have another length: their chunks are fewer or more than tokens.
+
+        Nothing else was counted. A chunk brings a token or more, and no reply is longer than was
+        asked for, so as many chunks as tokens are that many tokens.
+        """
+        unknown = [each for each in self.measured if each.counted == "chunks"]
+        return sum(1 for each in unknown if each.tokens != self.tokens)
+
+    @property
+    def cut_off(self) -> int:
+        """How many replies were too short, and their server gave no reason for their end."""
+        short = [each for each in self.measured if each.tokens < self.tokens]
+        return sum(1 for each in short if not each.finish)
+
     def ttft(self) -> list[float]:
         """Seconds to the first token, of each reply."""
         return [each.ttft for each in self.measured]

@@ -15,10 +15,8 @@ from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.metrics.latency import DISTURBED_ROUNDS, QUIET_CPU_SHARE, Clocks
 from pytest_qlab.stats.bootstrap import median_ratio
-from pytest_qlab.stats.intervals import sample_quantile
+from pytest_qlab.stats.intervals import MEDIAN_SAMPLES, sample_quantile
 
-FEWEST_ROUNDS = 6
-"""The fewest samples whose extremes bound their median at 95 %."""
 _NANOSECONDS = 1e-9
 Generation = tuple[int, int]
 """Nanoseconds to the first token, and from there to the last."""
@@ -64,10 +62,10 @@ class PairedThroughput:
                 f"Throughput was not measured: in {left_out} of {len(self.rounds)} rounds another "
                 "process held the CPU. Run on a quiet machine, or stop other work."
             )
-        if len(quiet) < FEWEST_ROUNDS:
+        if len(quiet) < MEDIAN_SAMPLES:
             raise NotMeasuredError(
                 f"Throughput was not measured: {len(quiet)} rounds were made in the time there "
-                f"was, and an interval takes {FEWEST_ROUNDS}. Measure a smaller model here, or on "
+                f"was, and an interval takes {MEDIAN_SAMPLES}. Measure a smaller model here, or on "
                 "a faster machine."
             )
         return quiet

@@ -10,14 +10,14 @@ from pytest_qlab.errors import MetricError
 from pytest_qlab.metrics.serving import QUANTILES, ServingRun
 from pytest_qlab.stats.intervals import sample_quantile
 
-VERSION = 1
+VERSION = 2
 LENGTH_TOLERANCE = 0.1
 """Speeds are comparable while replies are, in the mean, this close to the length asked for."""
 
 
 def kept_length(run: ServingRun) -> bool:
-    """Whether the replies are about as long as was asked for."""
-    return run.saturated or abs(run.drift - 1) <= LENGTH_TOLERANCE
+    """Whether the replies are about as long as was asked for, and nobody has to guess it."""
+    return run.saturated or (abs(run.drift - 1) <= LENGTH_TOLERANCE and not run.unverified)
 
 
 def describe_run(run: ServingRun, name: str) -> dict[str, Any]:
@@ -48,6 +48,8 @@ def describe_run(run: ServingRun, name: str) -> dict[str, Any]:
         else None,
         "counted": sorted({each.counted for each in run.measured}),
         "wrong_lengths": run.wrong_lengths,
+        "unverified_lengths": run.unverified,
+        "cut_off": run.cut_off,
         "drift": run.drift if run.measured else None,
     }
 
@@ -106,8 +108,24 @@ def _notes(run: ServingRun, described: dict[str, Any]) -> list[str]:
             f"{run.wrong_lengths} replies have not the {run.tokens} tokens that were asked for; in "
             f"the mean they have {run.drift:.1%} of them{kept}"
         )
+    if run.cut_off:
+        notes.append(
+            f"{run.cut_off} replies ended early and without a reason: something cut them off. "
+            "llama-cpp-python's server does so whenever another request comes, unless it is "
+            "started with --interrupt_requests false"
+        )
+    if "length" in described["counted"]:
+        notes.append(
+            "the server sent no usage, but ended replies for their length, so they have the "
+            f"{run.tokens} tokens that were asked for"
+        )
     if "chunks" in described["counted"]:
         notes.append("the server sent no usage, so chunks are counted as tokens")
+    if run.unverified:
+        notes.append(
+            f"nothing says how long {run.unverified} of the replies are, so that speeds cannot be "
+            "compared"
+        )
     if run.stopped == "seconds":
         notes.append("ended by the time limit")
     return notes

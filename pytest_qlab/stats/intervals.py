@@ -9,6 +9,9 @@ from statistics import NormalDist
 
 from pytest_qlab.stats.distributions import beta_quantile, binomial_cdf
 
+MEDIAN_SAMPLES = 6
+"""The fewest samples whose extremes bound their median at 95 %."""
+
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """The exact two-sided interval for a binomial rate; one-sided in effect at 0 or all successes.

@@ -52,6 +52,13 @@ class Exchange:
         self._handler.end_headers()
         self._handler.wfile.write(text.encode())
 
+    def reply(self, value: Any) -> None:
+        """An answer that is not streamed."""
+        self._handler.send_response(200)
+        self._handler.send_header("Content-Type", "application/json")
+        self._handler.end_headers()
+        self._handler.wfile.write(json.dumps(value).encode())
+
     def begin(self, *, chunked: bool = False) -> None:
         self._chunked = chunked
         self._handler.send_response(200)
@@ -108,6 +115,39 @@ def steady(
             exchange.event(final(7, sum(counts)))
         with clock.read_once_after(0):
             exchange.event("[DONE]")
+
+    return handle
+
+
+def vllm(*, eos_after: int, per_step: int = 1) -> Handler:
+    """As vLLM answers a prompt after which its model ends the text by itself.
+
+    After vllm 0.32.0, entrypoints/openai/completion/serving.py: `ignore_eos` and `min_tokens` are
+    obeyed, counts come with the stream only where `stream_options` asks for them, and the chunk
+    with the last text has the reason of the end.
+    """
+
+    def handle(exchange: Exchange) -> None:
+        body = exchange.body
+        least, most = body.get("min_tokens", 0), body["max_tokens"]
+        if least > most:
+            exchange.refuse(400, f"min_tokens must be less than or equal to max_tokens={most}")
+            return
+        end = most if body.get("ignore_eos") else min(most, max(least, eos_after))
+        reason = "stop" if end == eos_after and not body.get("ignore_eos") else "length"
+        options = body.get("stream_options") or {}
+        exchange.begin(chunked=True)
+        for known in [*range(per_step, end, per_step), end]:
+            chunk = text("word " * per_step)
+            if known == end:
+                chunk["choices"][0]["finish_reason"] = reason
+            if options.get("include_usage") and options.get("continuous_usage_stats"):
+                chunk["usage"] = usage(2, known)
+            exchange.event(chunk)
+        if options.get("include_usage"):
+            exchange.event(final(2, end))
+        exchange.event("[DONE]")
+        exchange.end()
 
     return handle
 

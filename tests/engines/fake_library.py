@@ -237,6 +237,20 @@ def llama_get_logits_ith(context: Context, index: int) -> Any:
     return llama_get_logits(context)
 
 
+def llama_sampler_init_greedy() -> str:
+    return "greedy"
+
+
+def llama_sampler_sample(sampler: str, context: Context, index: int) -> int:
+    """The sum of all tokens, modulo the vocabulary."""
+    assert (sampler, index) == ("greedy", -1)
+    return sum(context.tokens) % llama_vocab_n_tokens(context.model)
+
+
+def llama_sampler_free(sampler: str) -> None:
+    pass
+
+
 def llama_model_quantize(source: bytes, target: bytes, reference: Any) -> int:
     params = reference._obj
     model = Model(Path(os.fsdecode(source)), params)

@@ -27,6 +27,14 @@ def expected_sums(ids: list[int], first: int) -> list[float]:
     return [float(total) for total in itertools.accumulate(ids)][first : len(ids) - 1]
 
 
+def expected_tokens(ids: list[int], count: int, vocabulary: int = 6) -> list[int]:
+    """What the fake generates: each token is the sum of all before it, modulo the vocabulary."""
+    found = list(ids)
+    for _ in range(count):
+        found.append(sum(found) % vocabulary)
+    return found[len(ids) :]
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended; one that nobody has waited for yet has, too."""
     try:

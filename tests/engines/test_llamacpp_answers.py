@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine, quantize_file
+from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine, quantize_file, time_load
 from pytest_qlab.errors import EngineError
-from tests.engines.llamacpp_fakes import expected_sums, journal, tokens
+from tests.engines.llamacpp_fakes import expected_sums, expected_tokens, journal, tokens
 
 WriteModel: TypeAlias = Callable[..., Path]
 
@@ -203,6 +204,72 @@ def test_an_iterator_that_is_given_up_leaves_the_engine_usable(fake_model: Write
         del iterator
         found = torch.cat(list(engine.logits(tokens(8), 0)))
     assert found[:, 0].tolist() == expected_sums(tokens(8), 0)
+
+
+# --- generating and loading ----------------------------------------------------------------------
+
+
+def test_a_generation_has_the_tokens_asked_for_and_begins_anew(fake_model: WriteModel) -> None:
+    path, ids = fake_model(), tokens(40)
+    with LlamaCppEngine(path) as engine:
+        engine.prefill(tokens(7))
+        for count in (5, 1, 300):
+            found = engine.generate(ids, count)
+            assert list(found.tokens) == expected_tokens(ids, count)
+            assert found.first_ns > 0
+            assert found.rest_ns >= 0
+        engine.fill(ids)
+        engine.generate(ids, 2)
+        with pytest.raises(EngineError, match="cache is not filled"):
+            engine.decode(1)
+    rows = [entry["rows"] for entry in journal(path) if "rows" in entry]
+    # Each prompt at once, then one token at a time; the last token is not run.
+    assert rows == [7, 40, *[1] * 4, 40, 40, *[1] * 299, 40, 40, 1]
+
+
+def test_times_are_the_engines_and_not_those_of_asking(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model()) as engine:
+        started = time.perf_counter_ns()
+        found = engine.generate(tokens(9), 50)
+        assert 0 < found.first_ns + found.rest_ns < time.perf_counter_ns() - started
+
+
+def test_a_generation_beyond_the_context_is_refused(fake_model: WriteModel) -> None:
+    with LlamaCppEngine(fake_model(context=64)) as engine:
+        with pytest.raises(EngineError, match=r"65 tokens.*context of 64"):
+            engine.generate(tokens(60), 5)
+        assert len(engine.generate(tokens(60), 4).tokens) == 4
+        with pytest.raises(ValueError, match="at least 1"):
+            engine.generate(tokens(60), 0)
+
+
+@pytest.mark.parametrize("system", ["AVX2 = 1", "AMX_INT8 = 1"])
+def test_a_load_is_as_llama_cpp_does_it_and_then_the_same_token_again(
+    fake_model: WriteModel, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.setenv("FAKE_SYSTEM", system)
+    path, ids = fake_model(), tokens(300)
+    started = time.perf_counter()
+    found = time_load(path, ids, steady=3)
+    wall = time.perf_counter() - started
+    assert found.token == expected_tokens(ids, 1)[0]
+    assert len(found.steady) == 3
+    assert min(found.load, found.first, *found.steady) > 0
+    assert found.load + found.first + sum(found.steady) < wall
+    opened, *runs, freed = journal(path)
+    # One model and one context, with room for the prompt and a token.
+    assert opened["model"]["use_extra_bufts"] is (system != "AMX_INT8 = 1")
+    assert opened["context"]["n_ctx"] == 512
+    assert opened["context"]["flash_attn_type"] == -1
+    assert [(each["rows"], each["held"]) for each in runs] == [(300, 0)] * 4
+    assert freed == {"freed": True}
+
+
+def test_a_load_that_fails_says_what_was_being_done(fake_model: WriteModel, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"(?s)killed by SIGSEGV while loading .*model\.gguf"):
+        time_load(fake_model(does={"load": "SIGSEGV"}), tokens(9), steady=1)
+    with pytest.raises(EngineError, match="No such file"):
+        time_load(tmp_path / "none.gguf", tokens(9), steady=1)
 
 
 # --- what cannot be asked ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine
+from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine, time_load
 from pytest_qlab.engines.llamacpp.method import LlamaCpp
 from pytest_qlab.errors import EngineError, MethodError
 from pytest_qlab.formats.base import PackedWeight
@@ -166,6 +167,42 @@ def test_facts_of_a_real_file(loaded: LoadedModel, float_file: Path, ids: list[i
         assert engine.kv_bytes_per_token == 2 * 2 * 6 * 2 * 64  # keys and values in float16
         assert engine.idle_memory + engine.weight_bytes < engine.peak_memory < 2**30
         assert engine.cpu_ns > 0
+
+
+def greedy(model: Any, ids: list[int], count: int) -> tuple[int, ...]:
+    """By transformers; no token ends it."""
+    with torch.inference_mode():
+        found = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+    return tuple(found[0, len(ids) :].tolist())
+
+
+def test_generations_are_the_models(loaded: LoadedModel, float_file: Path, ids: list[int]) -> None:
+    # Ten tokens, because llama.cpp's float16 cache might turn a near tie sooner or later.
+    with LlamaCppEngine(float_file) as engine:
+        for start in (0, 100):
+            prompt = ids[start : start + 64]
+            found = engine.generate(prompt, 10)
+            assert found.tokens == greedy(loaded.model, prompt, 10)
+            assert found.first_ns > 0
+            assert found.rest_ns > 0
+            assert engine.generate(prompt, 3).tokens == found.tokens[:3]
+
+
+def test_a_load_in_a_fresh_process_ends_in_the_models_token(
+    loaded: LoadedModel, float_file: Path, ids: list[int]
+) -> None:
+    started = time.perf_counter()
+    found = time_load(float_file, ids[:64], steady=2)
+    assert found.token == greedy(loaded.model, ids[:64], 1)[0]
+    assert len(found.steady) == 2
+    assert min(found.load, found.first, *found.steady) > 0
+    assert found.load + found.first + sum(found.steady) < time.perf_counter() - started
 
 
 def test_a_window_beyond_the_models_context(float_file: Path, ids: list[int]) -> None:

@@ -27,6 +27,7 @@ from tests.engines.completions_server import (
     steady,
     text,
     usage,
+    vllm,
 )
 
 FOREVER = float("inf")
@@ -140,6 +141,21 @@ def test_usage_at_the_end_is_spread_over_the_chunks() -> None:
     assert len(reply.counts) == 3
 
 
+@pytest.mark.parametrize("chunks", [1, 3, 4])
+def test_without_usage_a_reply_that_ended_for_its_length_has_it(chunks: int) -> None:
+    events = [text("word ")] * chunks
+    end = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
+    reply = ask(answer(*events, end, "[DONE]"), tokens=4)
+    assert (reply.tokens, len(reply.times), reply.counted) == (4, chunks, "length")
+    assert reply.finish == "length"
+
+
+def test_without_usage_another_end_tells_no_length() -> None:
+    end = {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}
+    reply = ask(answer(text("a"), text("b"), end, "[DONE]"), tokens=4)
+    assert (reply.tokens, reply.counted, reply.finish) == (2, "chunks", "stop")
+
+
 def test_without_usage_chunks_are_counted_and_that_is_said() -> None:
     reply = ask(answer(text("a"), text("b"), "[DONE]"))
     assert (reply.counts, reply.counted, reply.prompt_tokens) == ((1, 1), "chunks", None)
@@ -152,7 +168,41 @@ def test_comments_names_of_events_and_an_end_without_done_are_understood() -> No
         exchange.write(f"data:{json.dumps(text('a'))}\r\n\r\n")
         exchange.event({"choices": [{"text": "b", "finish_reason": "length"}]})
 
-    assert ask(handle).counts == (1, 1)
+    assert ask(handle, tokens=2).counts == (1, 1)
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_vllm_is_forced_to_lengths_that_it_would_not_reach(per_step: int) -> None:
+    handle = vllm(eos_after=5, per_step=per_step)
+    forced = ask(handle, tokens=12)
+    assert (forced.tokens, forced.counted, forced.finish) == (12, "usage", "length")
+    assert forced.counts == (per_step,) * (12 // per_step)
+    assert forced.prompt_tokens == 2
+    free = ask(handle, tokens=12, force=False)
+    assert (free.tokens, free.counted, free.finish) == (5, "usage", "stop")
+    whole = ask(handle, tokens=5, force=False)
+    assert (whole.tokens, whole.finish) == (5, "stop")
+
+
+def test_a_server_counts_a_reply_that_is_not_streamed() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def handle(exchange: Exchange) -> None:
+        seen.append(exchange.body)
+        exchange.reply({"choices": [{"text": "abc"}], "usage": usage(2, 3)})
+
+    with serving(handle) as url:
+        endpoint = Endpoint(url, "m")
+        assert endpoint.count(Request(0, "Once upon", 9)) == 3
+    (body,) = seen
+    assert "stream" not in body
+    assert "stream_options" not in body
+    assert (body["prompt"], body["max_tokens"], body["ignore_eos"]) == ("Once upon", 9, True)
+    with serving(lambda exchange: exchange.reply({"choices": []})) as url:
+        assert Endpoint(url, "m").count(Request(0, "a", 9)) is None
+    for broken in (lambda e: e.reply([1]), lambda e: e.refuse(503, "overloaded")):
+        with serving(broken) as url, pytest.raises(EngineError, match=r"stream: |overloaded"):
+            Endpoint(url, "m").count(Request(0, "a", 9))
 
 
 # What goes wrong
@@ -224,7 +274,7 @@ def test_waiting_ends_at_its_time() -> None:
 
 
 def test_events_add_up_without_a_server() -> None:
-    stream = Stream()
+    stream = Stream(3)
     for number in range(3):
         stream.add(json.dumps(text("x")).encode(), 1.0 + number)
     stream.add(b"[DONE]", 9.0)
@@ -249,7 +299,7 @@ def test_the_command_measures_each_load(tmp_path: Path, capsys: pytest.CaptureFi
         status = main([*arguments.split(), *lengths.split(), str(out)])
     assert status == 0
     written = json.loads(out.read_text("utf-8"))
-    assert (written["schema"], written["version"], written["model"]) == ("qlab-serve-bench", 1, "m")
+    assert (written["schema"], written["version"], written["model"]) == ("qlab-serve-bench", 2, "m")
     assert [run["load"] for run in written["runs"]] == ["1", "2", "rate=100"]
     for run in written["runs"]:
         assert (run["requests"], run["failed"], run["wrong_lengths"], run["drift"]) == (6, 0, 0, 1)
@@ -271,6 +321,52 @@ def test_the_command_reports_replies_that_are_too_short(capsys: pytest.CaptureFi
     assert "5 replies have not the 8 tokens" in table
     assert "25.0% of them, so that speeds cannot be compared" in table
     assert "chunks are counted as tokens" in table
+
+
+def cutting(most: int, *, counts: bool = True) -> Handler:
+    """As a server without usage in streams, whose context has room for so many tokens."""
+
+    def handle(exchange: Exchange) -> None:
+        found = min(most, exchange.body["max_tokens"])
+        if not exchange.body.get("stream"):
+            exchange.reply({"choices": [], "usage": usage(2, found)} if counts else {})
+            return
+        end = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
+        answer(*[text("x ")] * found, end, "[DONE]")(exchange)
+
+    return handle
+
+
+def test_the_command_holds_a_server_to_its_own_count(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "m", "--concurrency", "1", "--requests", "5", "--tokens", "8"]
+    with serving(cutting(8)) as url:
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 0
+    assert "so they have the 8 tokens that were asked for" in capsys.readouterr().out
+    with serving(cutting(6)) as url:
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 2
+    found = capsys.readouterr()
+    assert "generates 6 tokens where 8 are asked for" in found.err
+    assert "ttft" not in found.out
+    with serving(cutting(8, counts=False)) as url:
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 0
+
+
+def test_the_command_does_not_compare_lengths_that_nothing_tells(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model", "m", "--concurrency", "1", "--requests", "5", "--tokens", "20"]
+    end = {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}
+    with serving(answer(*[text("x")] * 19, end, "[DONE]")) as url:
+        # 95 % of the tokens, as far as chunks tell.
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 1
+    table = capsys.readouterr().out
+    assert "nothing says how long 5 of the replies are" in table
+    assert "cut them off" not in table
+    with serving(answer(*[text("x")] * 20, "[DONE]")) as url:
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 0
+    with serving(answer(*[text("x")] * 19, "[DONE]")) as url:
+        assert main(["serve-bench", "--endpoint", url, *arguments]) == 1
+    assert "5 replies ended early and without a reason" in capsys.readouterr().out
 
 
 def test_the_command_fails_in_a_sentence(

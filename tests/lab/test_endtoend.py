@@ -97,6 +97,7 @@ def test_loads_happen_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loadtimes, "REPEATS", 1)
+    monkeypatch.setattr(loadtimes, "MEDIAN_SAMPLES", 1)
     lab = tiny_lab(tmp_path)
     candidate = lab.candidate("rtn")
     found = candidate.load
@@ -125,28 +126,59 @@ def answers(monkeypatch: pytest.MonkeyPatch, loads: list[float]) -> list[dict[st
 
 
 def test_cold_and_warm_loads_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = answers(monkeypatch, [5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
+    given = answers(monkeypatch, [5.0, 1.0, 9.0, 3.0, 7.0, 2.0, 8.0, 1.5, 6.0, 2.5, 10.0, 4.0])
     monkeypatch.setattr(loadtimes, "make_cold", lambda files: "")
     found = tiny_lab(tmp_path).candidate("rtn").load
-    assert (found.cold, found.warm) == (7.0, 2.0)
-    # Of all six: the lower median, and the extremes as its bounds.
+    # Of six loads: the lower median, and the extremes as its bounds.
+    assert (found.cold, found.cold.lower, found.cold.upper) == (7.0, 5.0, 10.0)
+    assert (found.warm, found.warm.lower, found.warm.upper) == (2.0, 1.0, 4.0)
+    assert "5 to 10 s in 6 loads" in found.cold.detail
+    # Of all twelve, the third from either end: 2 * P(Binomial(12, 1/2) <= 2) = 3.9 %.
     first = found.first_generation
-    assert (first, first.lower, first.upper) == (0.3, 0.1, 0.9)
+    assert (first, first.lower, first.upper) == (0.4, 0.2, 0.8)
     assert "in the steady state 1 ms" in first.detail
-    assert found.cold.lower is None
-    assert "5 to 9 s in 3 loads" in found.cold.detail
     assert {len(each["ids"]) for each in given} == {CONTEXT}
 
 
 def test_a_cold_load_is_refused_where_the_cache_cannot_be_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers(monkeypatch, [1.0, 2.0, 3.0])
+    answers(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     monkeypatch.setattr(loadtimes, "cached_share", lambda file: 1.0)
     candidate = tiny_lab(tmp_path).candidate("rtn")
-    assert candidate.load.warm == 2.0
+    assert candidate.load.warm == 3.0
     with pytest.raises(NotMeasuredError, match=r"100% of model\.safetensors stayed in memory"):
         candidate["load.cold"]
+
+
+def test_cold_loads_that_are_too_few_to_bound_their_median_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, [1.0] * 11)
+    reasons = iter(["", "", "", "", "", "a process has mapped it."])
+    monkeypatch.setattr(loadtimes, "make_cold", lambda files: next(reasons))
+    candidate = tiny_lab(tmp_path).candidate("rtn")
+    assert candidate.load.warm == 1.0
+    with pytest.raises(NotMeasuredError, match="a process has mapped it"):
+        candidate.load.cold  # noqa: B018
+
+
+def test_loads_that_take_too_long_are_no_measurement_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, [1.0] * 12)
+    monkeypatch.setattr(loadtimes, "make_cold", lambda files: "")
+    times = iter([0.0, 0.0, 1000.0, 1799.0, 1800.0])
+    monkeypatch.setattr(loadtimes, "monotonic", lambda: next(times))
+    candidate = tiny_lab(tmp_path).candidate("rtn")
+    with pytest.raises(NotMeasuredError, match=r"3 loads were made in 1800 seconds.*takes 6"):
+        candidate.load  # noqa: B018
+    monkeypatch.undo()
+    assert not list(candidate.lab.store.entries("loading"))
+
+
+def test_what_has_no_file_is_never_cold() -> None:
+    assert "no file" in loadtimes.make_cold([])
 
 
 def test_a_system_that_does_not_tell_gives_no_cold_load(
@@ -308,4 +340,4 @@ def test_another_runtime_is_pointed_to_its_server(
     candidate = tiny_lab(tmp_path).candidate("rtn")
     monkeypatch.setattr(type(candidate.method), "engine", lambda *given, **options: None)
     with pytest.raises(QlabError, match="qlab serve-bench"):
-        candidate.throughput  # noqa: B018
+        candidate.serving(2)

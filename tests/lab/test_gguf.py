@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from pytest_qlab import Lab
 from pytest_qlab.cli import main
+from pytest_qlab.engines.base import EngineLoad, Generated
 from pytest_qlab.engines.gguf.method import GgufFile
 from pytest_qlab.errors import DataError, EngineError, MethodError, MetricError, ModelError
-from pytest_qlab.measuring import speed
+from pytest_qlab.measuring import endtoend, loading, loadtimes, speed
+from pytest_qlab.measuring.speed import text_tokens
 from pytest_qlab.methods.gguf import Gguf
 from pytest_qlab.methods.pipeline import QuantizedModel
-from pytest_qlab.metrics import latency
+from pytest_qlab.metrics import latency, throughput
 from tests.engines.gguf_models import tiny
+from tests.engines.llama_oracle import needs_llama
 from tests.lab.tiny import documents, tiny_lab
 
 
@@ -137,6 +141,7 @@ class Recording:
     kv_bytes_per_token, weight_bytes, peak_memory, idle_memory = 10, 2000, 9000, 4000
     cpu_ns = switches = 0
     opened: ClassVar[list[int]] = []
+    generated: ClassVar[list[tuple[int, int]]] = []
 
     def __init__(self, model: Any, threads: int, lose: int) -> None:
         self.model, self.lose = model, lose
@@ -156,6 +161,10 @@ class Recording:
 
     def decode(self, token: int) -> None:
         self.prefill([*self.filled, token])
+
+    def generate(self, ids: Sequence[int], tokens: int) -> Generated:
+        self.generated.append((len(ids), tokens))
+        return Generated((1,) * (tokens - self.lose), 2_000_000, 4_000_000)
 
     def close(self) -> None:
         self.opened.pop()
@@ -177,6 +186,7 @@ class Elsewhere(Gguf):
 
     name: ClassVar[str] = "elsewhere"
     models: ClassVar[list[Any]] = []
+    loads: ClassVar[list[float]] = []
 
     lose: int = 0
 
@@ -194,12 +204,23 @@ class Elsewhere(Gguf):
         assert (directory / "mine.bin").read_bytes() == b"kept"
         return Recording(self.models[0], threads, self.lose)
 
+    def time_load(
+        self, directory: Path, ids: Sequence[int], *, steady: int, threads: int = 1
+    ) -> EngineLoad | None:
+        if not self.loads:
+            return None
+        assert (directory / "mine.bin").read_bytes() == b"kept"
+        load = self.loads.pop(0)
+        return EngineLoad(load, load / 8, (0.001,) * steady, len(ids))
+
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Lab:
     lab = lab_of(tmp_path)
     Elsewhere.models[:] = [lab.candidate("gguf:Q4_0").model]
     Recording.opened.clear()
+    Recording.generated.clear()
+    Elsewhere.loads.clear()
     return lab
 
 
@@ -235,6 +256,82 @@ def test_latency_and_memory_are_the_engines(
         candidate.memory.decode_peak  # noqa: B018
     assert not candidate.memory.peak.simulated
     assert Recording.opened == []
+
+
+def test_throughput_is_that_of_the_engines_own_times(
+    elsewhere: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endtoend, "ROUNDS", 6)
+    monkeypatch.setattr(throughput, "QUIET_CPU_SHARE", 0.0)
+    candidate = elsewhere.candidate(Elsewhere(type="Q4_0"))
+    found = candidate.throughput
+    prompt, tokens = endtoend._lengths(elsewhere, 128, 32)
+    assert Recording.generated == [(prompt, tokens)] * 7  # a warm-up, and six rounds
+    assert found.prefill == pytest.approx(prompt / 0.002)
+    assert found.decode == pytest.approx((tokens - 1) / 0.004)
+    for phase, place, ours in (("prefill", 0, 2e6), ("decode", 1, 4e6)):
+        theirs = [each.baseline[place] for each in found.paired.rounds]
+        ratio = found.estimates[f"throughput.{phase}_ratio"]
+        assert ratio == pytest.approx(statistics.median(theirs) / ours)
+        assert ratio.lower is not None
+    assert not found.decode.simulated
+    assert Recording.opened == []
+    with pytest.raises(MetricError, match=r"brought .* recorded ends generations by itself"):
+        elsewhere.candidate(Elsewhere(type="Q4_0", lose=1)).throughput  # noqa: B018
+
+
+def test_load_times_are_those_of_the_engines_processes(
+    elsewhere: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[str] = []
+
+    def make_cold(files: list[Path]) -> str:
+        dropped.extend(each.name for each in files)
+        return ""
+
+    monkeypatch.setattr(loadtimes, "make_cold", make_cold)
+    # Cold and warm in turn: 2, 4 .. 12 and 1, 3 .. 11 seconds.
+    Elsewhere.loads[:] = [2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11]
+    candidate = elsewhere.candidate(Elsewhere(type="Q4_0"))
+    found = candidate.load
+    assert (found.cold, found.cold.lower, found.cold.upper) == (6.0, 2.0, 12.0)
+    assert (found.warm, found.warm.lower, found.warm.upper) == (5.0, 1.0, 11.0)
+    assert found.first_generation == 6 / 8
+    assert "steady state 1 ms" in found.first_generation.detail
+    assert not found.warm.simulated
+    assert "mine.bin" in dropped
+    assert not {"model.safetensors", "qlab.json"} & set(dropped)
+    assert Recording.opened == [], "an engine was open while another process loaded"
+
+
+@needs_llama
+@pytest.mark.slow
+def test_llama_cpp_is_measured_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endtoend, "ROUNDS", 6)
+    monkeypatch.setattr(throughput, "QUIET_CPU_SHARE", 0.0)
+    monkeypatch.setattr(loadtimes, "REPEATS", 1)
+    monkeypatch.setattr(loadtimes, "MEDIAN_SAMPLES", 1)
+    lab = lab_of(tmp_path)
+    candidate = lab.candidate("llamacpp:F32")
+    rates = candidate.throughput
+    assert min(rates.prefill, rates.decode, rates.prefill_ratio, rates.decode_ratio) > 0
+    assert len(rates.paired.rounds) == 6
+    assert min(candidate.load.warm, candidate.first_generation) > 0
+    (entry,) = lab.store.entries("loading")
+    (warm,) = lab.store.peek("loading", entry)["warm"]
+    ids = torch.tensor([text_tokens(lab, lab.model.fitting(128))])
+    assert warm["token"] == loading.generate_one(lab.base_model, ids)
+    assert len(warm["steady"]) == loading.STEADY
+
+
+def test_a_runtime_that_does_not_time_its_loads_says_so(elsewhere: Lab) -> None:
+    with pytest.raises(MetricError, match=r"Elsewhere has no `time_load`"):
+        elsewhere.candidate(Elsewhere(type="Q4_0")).load  # noqa: B018
+
+
+def test_many_requests_at_a_time_are_its_servers(elsewhere: Lab) -> None:
+    with pytest.raises(MetricError, match="qlab serve-bench"):
+        elsewhere.candidate(Elsewhere(type="Q4_0")).serving(2)
 
 
 def test_an_engine_that_loses_tokens_is_an_error(elsewhere: Lab) -> None:

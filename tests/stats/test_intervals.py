@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_qlab.stats.intervals import (
+    MEDIAN_SAMPLES,
     clopper_pearson,
     quantile_ranks,
     sample_quantile,
@@ -75,6 +76,13 @@ def test_ranks_of_p99_are_the_known_ones() -> None:
     assert samples_to_bound(0.99) == 299
     assert quantile_ranks(298, 0.99, confidence=0.9)[1] is None
     assert quantile_ranks(299, 0.99, confidence=0.9)[1] == 299
+
+
+def test_a_median_takes_six_samples() -> None:
+    # Both extremes lie on one side of it with probability 2 / 2^n: 6.25 % for 5, 3.1 % for 6.
+    assert 2 * 0.5 ** (MEDIAN_SAMPLES - 1) > 0.05 >= 2 * 0.5**MEDIAN_SAMPLES
+    assert quantile_ranks(MEDIAN_SAMPLES - 1, 0.5) == (None, None)
+    assert quantile_ranks(MEDIAN_SAMPLES, 0.5) == (1, MEDIAN_SAMPLES)
 
 
 @given(st.integers(1, 120), st.sampled_from([0.25, 0.5, 0.9]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import signal
 import sys
@@ -50,7 +51,9 @@ _log: deque[str] = deque(maxlen=8)
 class Model:
     """One file, opened one way at a time: `exact` for logits, or as llama.cpp does by default."""
 
-    def __init__(self, api: Any, path: str, threads: int, repack: bool) -> None:
+    def __init__(
+        self, api: Any, path: str, threads: int, repack: bool, *, exact: bool = True
+    ) -> None:
         self.api, self.path, self.threads, self.repack = api, path, threads, repack
         self._model: Any = None
         self._context: Any = None
@@ -58,7 +61,7 @@ class Model:
         self._exact: bool | None = None
         self._cells = 0
         self._held = b""  # the tokens that `fill` has put into the cache
-        self._load(repacked=False)
+        self._load(repacked=repack and not exact)
 
     def close(self) -> None:
         self._drop_context()
@@ -134,8 +137,8 @@ class Model:
     def prefill(self, ids: memoryview, room: int = 0) -> None:
         """Run tokens from an empty cache up to the logits after the last."""
         api, total = self.api, len(ids) // 4
+        context = self.ready_for(total + room)
         batch = api.llama_context_default_params().n_batch
-        context = self._ready(exact=False, tokens=total + room, batch=batch)
         api.llama_memory_clear(api.llama_get_memory(context), False)
         tokens = (ctypes.c_int32 * total).from_buffer_copy(ids)
         for start in range(0, total, batch):
@@ -143,6 +146,28 @@ class Model:
             self._decode(api.llama_batch_get_one(part, min(batch, total - start)))
         if not api.llama_get_logits_ith(context, -1):
             raise Refused("llama_get_logits_ith gave nothing")
+
+    def ready_for(self, tokens: int) -> Any:
+        """A context that holds so many tokens, as llama.cpp makes it by default."""
+        batch = self.api.llama_context_default_params().n_batch
+        return self._ready(exact=False, tokens=tokens, batch=batch)
+
+    def generate(self, ids: memoryview, tokens: int) -> tuple[list[int], int, int]:
+        """Greedy tokens after `ids`; nanoseconds to the first, and from there to the last."""
+        api = self.api
+        sampler = api.llama_sampler_init_greedy()
+        try:
+            started = time.perf_counter_ns()
+            self.prefill(ids, room=tokens)
+            found = [api.llama_sampler_sample(sampler, self._context, -1)]
+            first = time.perf_counter_ns()
+            while len(found) < tokens:
+                one = (ctypes.c_int32 * 1)(found[-1])
+                self._decode(api.llama_batch_get_one(one, 1))
+                found.append(api.llama_sampler_sample(sampler, self._context, -1))
+            return found, first - started, time.perf_counter_ns() - first
+        finally:
+            api.llama_sampler_free(sampler)
 
     def _decode(self, batch: Any) -> None:
         status = self.api.llama_decode(self._context, batch)
@@ -214,10 +239,12 @@ class Program:
             "start": self.start,
             "quantize": self.quantize,
             "open": self.open,
+            "load": self.load,
             "logits": self.logits,
             "prefill": self.prefill,
             "fill": self.fill,
             "decode": self.decode,
+            "generate": self.generate,
             "memory": self.memory,
         }
 
@@ -257,11 +284,29 @@ class Program:
             raise Refused(f"llama_model_quantize returned {status}")
         yield {}, NOTHING
 
-    def open(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+    def _repacks(self) -> bool:
         # The AMX kernels that repacked weights go through crash (ggml-org/llama.cpp#20824).
-        repack = "AMX_INT8 = 1" not in self._system()
-        self.model = Model(self.api, request["file"], request["threads"], repack)
+        return "AMX_INT8 = 1" not in self._system()
+
+    def open(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+        self.model = Model(self.api, request["file"], request["threads"], self._repacks())
         yield self.model.facts(), NOTHING
+
+    def load(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+        """Open a file as llama.cpp does by default; time that, and the payload's next token."""
+        file, repacks = request["file"], self._repacks()
+        started = time.perf_counter()
+        self.model = Model(self.api, file, request["threads"], repacks, exact=False)
+        self.model.ready_for(len(payload) // 4 + 1)
+        _touch(file)
+        loaded = time.perf_counter()
+        times, found = [], [-1]
+        for _ in range(1 + request["steady"]):
+            before = time.perf_counter()
+            found, _, _ = self.model.generate(payload, 1)
+            times.append(time.perf_counter() - before)
+        fields = {"load": loaded - started, "first": times[0], "steady": times[1:]}
+        yield {**fields, "token": found[0]}, NOTHING
 
     def logits(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
         assert self.model is not None
@@ -286,8 +331,19 @@ class Program:
         self.model.decode(payload)
         yield {}, NOTHING
 
+    def generate(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
+        assert self.model is not None
+        found, first, rest = self.model.generate(payload, request["tokens"])
+        yield {"tokens": found, "first_ns": first, "rest_ns": rest}, NOTHING
+
     def memory(self, request: Fields, payload: memoryview) -> Iterator[Answer]:
         yield {"peak": _peak_memory()}, NOTHING
+
+
+def _touch(path: str) -> None:
+    """Read a byte of every page, because a file that is mapped need not be read before its use."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        view[:: mmap.PAGESIZE]
 
 
 def _peak_memory() -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from pytest_qlab.engines.base import EngineLoad, Generated
 from pytest_qlab.engines.llamacpp.process import Child
 from pytest_qlab.errors import EngineError
 
@@ -54,14 +55,10 @@ class LlamaCppEngine:
         self._idle_memory = int(started["idle_memory"])
 
     def _open(self, threads: int) -> Fields:
-        try:
-            size = self._file.stat().st_size
-        except OSError as error:
-            raise EngineError(f"llama.cpp cannot open {self._file}: {error.strerror}.") from error
         return self._child.ask(
             f"opening {self._file}",
             {"do": "open", "file": str(self._file), "threads": threads},
-            seconds=size / _READ_BYTES,
+            seconds=_size_of(self._file) / _READ_BYTES,
         )
 
     @property
@@ -171,7 +168,7 @@ class LlamaCppEngine:
         Raises:
             EngineError: as of `logits`, or no token fits behind them.
         """
-        self._check([*ids, ids[-1]])
+        self._check(ids, room=1)
         what = f"running {len(ids)} tokens"
         with self._my_turn():
             tokens = array("i", ids).tobytes()
@@ -191,6 +188,26 @@ class LlamaCppEngine:
                 seconds=self._seconds(1),
             )
 
+    def generate(self, ids: Sequence[int], tokens: int) -> Generated:
+        """Exactly that many tokens after `ids`, by llama.cpp's greedy sampler; for timing.
+
+        Runs as `prefill` does. A token that ends a text is one as any other.
+
+        Raises:
+            EngineError: as of `logits`, or the tokens do not fit behind `ids`.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, not {tokens}")
+        self._check(ids, room=tokens)
+        with self._my_turn():
+            answer = self._child.ask(
+                f"generating {tokens} tokens after {len(ids)}",
+                {"do": "generate", "tokens": tokens},
+                array("i", ids).tobytes(),
+                seconds=self._seconds(len(ids) + tokens),
+            )
+        return Generated(tuple(answer["tokens"]), answer["first_ns"], answer["rest_ns"])
+
     def close(self) -> None:
         """End the child process; a second call does nothing."""
         self._child.close()
@@ -206,14 +223,15 @@ class LlamaCppEngine:
     ) -> None:
         self.close()
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if len(ids) > self.context:
+    def _check(self, ids: Sequence[int], *, room: int = 0) -> None:
+        length = len(ids) + room
+        if length > self.context:
             raise EngineError(
-                f"A window of {len(ids)} tokens does not fit into the context of {self.context} "
+                f"A window of {length} tokens does not fit into the context of {self.context} "
                 f"tokens of {self._file.name}. Use shorter windows: --qlab-window-length="
                 f"{self.context}."
             )
-        if len(ids) < 2 or min(ids) < 0 or max(ids) >= self.vocabulary:
+        if length < 2 or min(ids, default=-1) < 0 or max(ids) >= self.vocabulary:
             raise EngineError(
                 f"{self._file.name} takes windows of at least 2 tokens from 0 to "
                 f"{self.vocabulary - 1}; a window of {len(ids)} tokens from "
@@ -244,6 +262,50 @@ class LlamaCppEngine:
             yield
         finally:
             self._end_turn()
+
+
+def time_load(
+    file: Path, ids: Sequence[int], *, steady: int, threads: int = 1, patience: float = 1.0
+) -> EngineLoad:
+    """Open a GGUF file in a fresh process, as llama.cpp does by default, and time it.
+
+    That is with the file mapped, weights repacked for the processor, and a context for `ids` and
+    one token; then the token after `ids` is generated again and again, each time from an empty
+    cache. The process has imported the library before.
+
+    Args:
+        steady: how often after the first time.
+        threads: that an operation in llama.cpp may use.
+        patience: every limit on time is multiplied by it.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        EngineError: it cannot be loaded, cannot open the file, or fails.
+    """
+    file = Path(file).absolute()
+    request = {"do": "load", "file": str(file), "threads": threads, "steady": steady}
+    size = _size_of(file)
+    # No type of weights has fewer than 2 bits.
+    operations = 2.0 * 4 * size * len(ids) * (1 + steady)
+    child = Child(patience=patience)
+    try:
+        child.ask("loading its library", {"do": "start"})
+        answer = child.ask(
+            f"loading {file}",
+            request,
+            array("i", ids).tobytes(),
+            seconds=size / _READ_BYTES + operations / _OPERATIONS,
+        )
+    finally:
+        child.close()
+    return EngineLoad(answer["load"], answer["first"], tuple(answer["steady"]), answer["token"])
+
+
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise EngineError(f"llama.cpp cannot open {file}: {error.strerror}.") from error
 
 
 def quantize_file(

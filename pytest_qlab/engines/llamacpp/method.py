@@ -13,13 +13,13 @@ from pytest_qlab.methods.ggml import in_capitals
 from pytest_qlab.methods.mixes import Mix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from pytest_qlab.calibration.sources import StatisticsSource
-    from pytest_qlab.engines.base import Engine
+    from pytest_qlab.engines.base import Engine, EngineLoad
     from pytest_qlab.methods.pipeline import QuantizedModel
     from pytest_qlab.models.load import LoadedModel
 
@@ -109,6 +109,14 @@ class LlamaCpp(Method):
         from pytest_qlab.engines.llamacpp.engine import LlamaCppEngine
 
         return LlamaCppEngine(directory / MODEL_FILE, threads=threads)
+
+    def time_load(
+        self, directory: Path, ids: Sequence[int], *, steady: int, threads: int = 1
+    ) -> EngineLoad:
+        """llama.cpp's loading of the checkpoint's file; see `Method.time_load`."""
+        from pytest_qlab.engines.llamacpp.engine import time_load
+
+        return time_load(directory / MODEL_FILE, ids, steady=steady, threads=threads)
 
     def _importance(
         self, loaded: LoadedModel, statistics: StatisticsSource | None
