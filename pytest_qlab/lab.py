@@ -32,7 +32,7 @@ from pytest_qlab.inputs import (
     InputOptions,
     ModelInput,
 )
-from pytest_qlab.machine import processor_name
+from pytest_qlab.machine import processor_of
 from pytest_qlab.measuring.floor import CODE_VERSION as FLOOR_VERSION
 from pytest_qlab.measuring.floor import NoiseFloor, measure_floor
 from pytest_qlab.measuring.reference import Reference
@@ -329,7 +329,7 @@ class Lab:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "machine": platform.machine(),
-            "processor": processor_name(),
+            "processor": processor_of(self.model.device),
             "cores": os.cpu_count(),
             "device": self.model.device,
             "dtype": self.model.dtype,

@@ -8,6 +8,17 @@ import sys
 from pathlib import Path
 
 
+def processor_of(device: str) -> str:
+    """What runs a model on a device: the processor, and the GPU if it is one, by their names."""
+    if device.partition(":")[0] != "cuda":
+        return processor_name()
+    import torch
+
+    if not torch.cuda.is_available():  # What is asked for is in the store, or nowhere.
+        return processor_name()
+    return f"{processor_name()}, {torch.cuda.get_device_name(device)}"
+
+
 def processor_name() -> str:
     """The processor's name, as people know it."""
     try:

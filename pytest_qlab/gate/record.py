@@ -22,7 +22,7 @@ from pytest_qlab.gate.baselines import (
     rounded,
 )
 from pytest_qlab.gate.thresholds import COUNTED, PAIRED, SAMPLED, TIMED
-from pytest_qlab.machine import processor_name
+from pytest_qlab.machine import processor_of
 from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
@@ -127,14 +127,15 @@ def _latencies(candidate: Candidate) -> dict[str, LatencySummary]:
     """Of the phases that were timed, by the prefix of their measures."""
     latency: Latency | None = candidate.__dict__.get("latency")
     timed = {} if latency is None else latency.phases()
+    processor = processor_of(candidate.lab.model.device)
     return {
-        prefix: _summary(phase.measured)
+        prefix: _summary(phase.measured, processor)
         for prefix, phase in timed.items()
         if phase.measured is not None
     }
 
 
-def _summary(paired: PairedLatency) -> LatencySummary:
+def _summary(paired: PairedLatency, processor: str) -> LatencySummary:
     ratio = paired.ratio
     return LatencySummary(
         p50=rounded(paired.candidate.p50),
@@ -145,7 +146,7 @@ def _summary(paired: PairedLatency) -> LatencySummary:
         rounds=len(paired.quiet),
         threads=paired.threads,
         convention=paired.convention,
-        processor=processor_name(),
+        processor=processor,
         cores=os.cpu_count() or 1,
         simulated=paired.simulated,
     )

@@ -259,7 +259,7 @@ class _Swaps:
                     scales.get(site.name, {}),
                     rotations.get(site.name),
                 )
-                site.replace(self._model, module.to(site.stored.device))
+                site.replace(self._model, module)
                 layers[site.name] = self._kl(self._head, run)
                 setattr(site.parent, site.attribute, site.module)
             if resumed:

@@ -21,7 +21,7 @@ from pytest_qlab.checkpoint import (
 )
 from pytest_qlab.kernels.choose import LayerKernel, build, choose
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
-from pytest_qlab.machine import processor_name
+from pytest_qlab.machine import processor_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,7 +171,8 @@ def kernel_use_parts(candidate: Candidate) -> dict[str, Any]:
     """What determines which kernels run a candidate, as plain JSON types."""
     return {
         "quantized": candidate.lab.quantized_identity(candidate.method),
-        "processor": processor_name(),
+        "processor": processor_of(candidate.lab.model.device),
+        "torch": torch.__version__,
         "code": KERNELS_VERSION,
     }
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from pytest_qlab.errors import NotMeasuredError
 from pytest_qlab.kernels.packed import PackedModule, set_materialized
-from pytest_qlab.machine import processor_name
+from pytest_qlab.machine import processor_of
 from pytest_qlab.measuring.decoding import Decoding
 from pytest_qlab.measuring.runnable import dtype_name
 from pytest_qlab.metrics.latency import Clocks, PairedLatency, measure_pair
@@ -249,7 +249,7 @@ def conditions(lab: Lab, code: int, **more: Any) -> dict[str, Any]:
     """What determines a speed besides the candidate, as plain JSON types."""
     return {
         "evaluation": lab.evaluation.identity,
-        "processor": processor_name(),
+        "processor": processor_of(lab.model.device),
         "cores": os.cpu_count(),
         "threads": THREADS,
         "code": code,

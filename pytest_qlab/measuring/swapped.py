@@ -25,7 +25,7 @@ def swapped(
     scales: Mapping[str, Tensor],
     rotation: LayerRotation | None,
 ) -> nn.Module:
-    """A module that stands for a quantized layer in the original model.
+    """A module that stands for a quantized layer in the original model, on the same device.
 
     Args:
         site: of the layer in the original model.
@@ -34,7 +34,7 @@ def swapped(
         scales: `column` and `row` scale that folds applied before it was quantized.
         rotation: what was rotated after that.
     """
-    own, dtype = site.bias, site.stored.dtype
+    own, dtype, device = site.bias, site.stored.dtype, site.stored.device
     if own is None or bias is None:
         bias = own
     else:
@@ -48,9 +48,11 @@ def swapped(
         weight = original_terms(layer.weight.dequantize(), scales, rotation)
         module = PackedLinear(PlainWeight(weight), bias, None, dtype)
     else:
-        inner = PackedLinear(layer.weight, None, layer.activation, dtype)
+        inner = PackedLinear(layer.weight, None, layer.activation, dtype).to(device)
         inner.materialize()
-        return _OnOriginalInputs(inner, scales, rotation or LayerRotation(), bias, dtype)
+        whole = _OnOriginalInputs(inner, scales, rotation or LayerRotation(), bias, dtype)
+        return whole.to(device)
+    module = module.to(device)
     module.materialize()
     return module
 
