@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.rotation import LayerRotation, Rotation, attach_to_model
-from pytest_qlab.models.structure import all_linears
+from pytest_qlab.models.structure import LinearSite, all_linears
 from pytest_qlab.models.tensorfile import join_files, write_tensors
 
 if TYPE_CHECKING:
@@ -95,27 +95,34 @@ class Checkpoint:
         stored = self.index.get("rotation") or {"layers": {}}
         return {name: LayerRotation.from_dict(each) for name, each in stored["layers"].items()}
 
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """The quantized layers of the decoder blocks, by name."""
-        return self._packed("layers")
+    def layers(self, names: Container[str] | None = None) -> dict[str, QuantizedLayer]:
+        """The quantized layers of the decoder blocks, by name: all, or those of `names`."""
+        return self._packed("layers", names)
 
-    def embeddings(self) -> dict[str, QuantizedLayer]:
-        """The input embedding and the output head where they are quantized, by name."""
-        return self._packed("embeddings")
+    def embeddings(self, names: Container[str] | None = None) -> dict[str, QuantizedLayer]:
+        """The input embedding and the output head where they are quantized, likewise."""
+        return self._packed("embeddings", names)
 
-    def _packed(self, kind: str) -> dict[str, QuantizedLayer]:
-        grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in _load(self.directory / MODEL_FILE, f"{kind}.").items():
-            name, part, field = key.rsplit(".", 2)
-            grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
-        return {
-            name: _read_layer(meta, grouped.get(name, {}))
-            for name, meta in self.index[kind].items()
+    def _packed(self, kind: str, names: Container[str] | None) -> dict[str, QuantizedLayer]:
+        index = {
+            name: meta for name, meta in self.index[kind].items() if names is None or name in names
         }
+        grouped: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in index}
+        found = _load(
+            self.directory / MODEL_FILE, f"{kind}.", lambda key: key.rsplit(".", 2)[0] in index
+        )
+        for key, tensor in found.items():
+            name, part, field = key.rsplit(".", 2)
+            grouped[name].setdefault(part, {})[field] = tensor
+        return {name: _read_layer(meta, grouped[name]) for name, meta in index.items()}
 
-    def others(self) -> dict[str, Tensor]:
-        """All parameters that are not quantized, by name, in the dtype they are stored in."""
-        return _load(self.directory / MODEL_FILE, "model.")
+    def others(self, names: Container[str] | None = None) -> dict[str, Tensor]:
+        """Parameters that are not quantized, by name, in the dtype they are stored in: all, or
+        those of `names`.
+        """
+        return _load(
+            self.directory / MODEL_FILE, "model.", lambda key: names is None or key in names
+        )
 
     def scales(self) -> dict[str, dict[str, Tensor]]:
         """Per layer the `column` and `row` scale that folds applied, where there are any."""
@@ -241,8 +248,9 @@ def layer_bytes(layer: QuantizedLayer) -> int:
     return layer.weight.nbytes + sum(tensor.nbytes for tensor in activation.values())
 
 
-def _load(file: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a file under a prefix, by the rest of their names, aligned as torch allocates.
+def _load(file: Path, prefix: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors of a file under a prefix, by the rest of their names, aligned as torch
+    allocates.
 
     Matrix products of memory that starts elsewhere may add in another order, and then even an exact
     copy of a model does not give the same bits.
@@ -251,7 +259,7 @@ def _load(file: Path, prefix: str) -> dict[str, Tensor]:
         tensors = {
             key.removeprefix(prefix): stored.get_tensor(key)
             for key in stored.keys()  # noqa: SIM118  (it is no mapping)
-            if key.startswith(prefix)
+            if key.startswith(prefix) and wanted(key.removeprefix(prefix))
         }
     return {key: t.clone() if t.data_ptr() % ALIGNMENT else t for key, t in tensors.items()}
 
@@ -283,16 +291,12 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
     if checkpoint.rotation is not None:
         attach_to_model(model, checkpoint.rotation)
     with torch.no_grad():
-        place_embeddings(model, checkpoint.embeddings(), reference)
         for name, tensor in checkpoint.others().items():
             value = tensor.to(dtype=originals[name].dtype, device=reference.device)
             if not torch.equal(value, originals[name]):
                 replace_parameter(model, name, value)
-        layers = checkpoint.layers()
-        for site in all_linears(model):
-            layer = layers[site.name]
-            module = _module(layer, site.bias, reference.dtype)
-            site.replace(model, module.to(reference.device))
+        place_embeddings(model, checkpoint.embeddings(), reference)
+        place_layers(model, all_linears(model), checkpoint.layers(), reference)
     evaluated: nn.Module = model.eval()
     return evaluated
 
@@ -317,10 +321,9 @@ def load_alone(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> nn.Mo
     with torch.no_grad():
         for name, tensor in checkpoint.others().items():
             replace_parameter(model, name, tensor.to(dtype))
-        place_embeddings(model, checkpoint.embeddings(), torch.empty(0, dtype=dtype))
-        layers = checkpoint.layers()
-        for site in all_linears(model):
-            site.replace(model, _module(layers[site.name], site.bias, dtype))
+        like = torch.empty(0, dtype=dtype)
+        place_embeddings(model, checkpoint.embeddings(), like)
+        place_layers(model, all_linears(model), checkpoint.layers(), like)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise ModelError(
@@ -348,20 +351,42 @@ def _parameters_without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def place_layers(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    layers: Mapping[str, QuantizedLayer],
+    like: Tensor,
+) -> None:
+    """Put packed layers in the places of linear ones, whose biases they get; `like` has the dtype
+    and device to compute in.
+    """
+    for site in sites:
+        module = _module(layers[site.name], site.bias, like.dtype)
+        site.replace(model, module.to(like.device))
+
+
 def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor) -> None:
     """Put quantized embeddings in their places, and a head that is tied to one beside it."""
     for name, layer in embeddings.items():
-        module = model.get_submodule(name)
-        tied = [
-            other
-            for other, each in model.named_modules()
-            if other != name and each._parameters.get("weight") is module.get_parameter("weight")
-        ]
+        tied = tied_to(model, name)
         for place in (name, *tied):
-            _place(model, place, layer, like)
+            place_embedding(model, place, layer, like)
 
 
-def _place(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> None:
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """Names of the other modules whose weight is that of the module of that name."""
+    weight = model.get_submodule(name).get_parameter("weight")
+    return [
+        other
+        for other, each in model.named_modules()
+        if other != name and each._parameters.get("weight") is weight
+    ]
+
+
+def place_embedding(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> None:
+    """Put a quantized embedding or head in the place of that name; `like` has the dtype and device
+    to compute in.
+    """
     module = model.get_submodule(name)
     packed: nn.Module
     if type(module) is nn.Embedding:

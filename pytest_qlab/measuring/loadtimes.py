@@ -111,7 +111,7 @@ def _median(metric: str, samples: list[float], what: str, fields: dict[str, Any]
 
 def _load_in_turns(candidate: Candidate, config: Path) -> dict[str, Any]:
     lab, directory = candidate.lab, candidate.checkpoint.directory
-    lab.base_model.config.save_pretrained(config)
+    lab.described.model.config.save_pretrained(config)
     given = {
         "config": str(config),
         "checkpoint": str(directory),
