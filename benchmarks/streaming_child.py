@@ -1,10 +1,14 @@
-"""Quantizes one model under a limit on its memory, and says what it took: a process of its own.
+"""Quantizes or measures one model under a limit on its memory: a process that says what it took.
 
-    python -m benchmarks.streaming_child MODEL STORE SPEC STREAM LIMIT SEQUENCES LENGTH
+    python -m benchmarks.streaming_child WORK MODEL STORE SPEC STREAM LIMIT SEQUENCES LENGTH
 
-LIMIT is in bytes, of private writable memory (RLIMIT_DATA), imports included; 0 for none. Prints
-one line of JSON: `idle` and `peak`, the most bytes that were resident before and in all, mapped
-pages of files included; `seconds` of processor time; `error`, where memory was refused.
+WORK is `quantize`, or `measure`: the KL of the candidate, its noise floor included; that quantizes
+it first if the store does not have it. SEQUENCES of LENGTH tokens are calibrated on, or measured
+on. LIMIT is in bytes, of private writable memory (RLIMIT_DATA), imports included; 0 for none.
+
+Prints one line of JSON: `idle` and `peak`, the most bytes that were resident before and in all,
+mapped pages of files included; `data`, what LIMIT counts, before; `seconds` of processor time; `kl`
+where it was measured; `error`, where memory was refused.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from typing import Any
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Quantize what the arguments say."""
-    model, store, spec, stream, *numbers = arguments
+    """Quantize or measure what the arguments say."""
+    work, model, store, spec, stream, *numbers = arguments
     limit, sequences, length = map(int, numbers)
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -31,14 +35,24 @@ def main(arguments: Sequence[str]) -> None:
         store=store,
         threads=1,
         stream=stream,
+        evaluation="prose",
+        window_length=length,
+        max_windows=sequences,
         calibration="prose",
         calibration_length=length,
         calibration_sequences=sequences,
     )
-    answer: dict[str, Any] = {"sequences": len(lab.calibration.sequences), "idle": peak_resident()}
+    given = lab.calibration.sequences if work == "quantize" else lab.eval_data.windows
+    answer: dict[str, Any] = {
+        "sequences": len(given),
+        "idle": peak_resident(),
+        "data": status("VmData"),
+    }
     started = time.process_time()
     try:
         answer["directory"] = str(lab.candidate(spec).checkpoint.directory)
+        if work == "measure":
+            answer["kl"] = lab.candidate(spec).fidelity.estimates()["kl.mean"].to_dict()
     except (MemoryError, RuntimeError, QlabError) as error:
         if not any(sign in repr(error).lower() for sign in ("memory", "alloc")):
             raise
@@ -49,13 +63,21 @@ def main(arguments: Sequence[str]) -> None:
 
 def peak_resident() -> int:
     """The most bytes that this process has had resident."""
+    # Linux's ru_maxrss also counts what the parent held when it started this process.
+    found = status("VmHWM")
+    if found is not None:
+        return found
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def status(field: str) -> int | None:
+    """Bytes that Linux says this process has of something; None on other systems."""
     try:
-        # Linux's ru_maxrss also counts what the parent held when it started this process.
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,12 @@ class Candidate:
 
     @cached_property
     def model(self) -> Any:
-        """The quantized model, which runs its packed layers; a transformers causal LM."""
+        """The quantized model, which runs its packed layers; a transformers causal LM.
+
+        Raises:
+            MetricError: the base model is read block by block.
+        """
+        self.lab.check_whole("Quantized models to be run as a whole, also to measure their memory,")
         return instantiate(self.checkpoint, self.lab.base_model)
 
     @cached_property

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from pytest_qlab.methods.base import QuantizedLayer
 from pytest_qlab.methods.pipeline import QuantizedModel, describe_layer
 from pytest_qlab.metrics.size import Size
 from pytest_qlab.models.rotation import LayerRotation, Rotation, attach_to_model
-from pytest_qlab.models.structure import all_linears
+from pytest_qlab.models.structure import LinearSite, all_linears
 from pytest_qlab.models.tensorfile import Stored, join_files, read_header, write_tensors
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class Checkpoint:
         stored = self.index.get("rotation") or {"layers": {}}
         return {name: LayerRotation.from_dict(each) for name, each in stored["layers"].items()}
 
-    def layers(self) -> dict[str, QuantizedLayer]:
-        """The quantized layers of the decoder blocks, by name."""
-        return self._packed("layers")
+    def layers(self, names: Container[str] | None = None) -> dict[str, QuantizedLayer]:
+        """The quantized layers of the decoder blocks, by name: all, or those of `names`."""
+        return self._packed("layers", names)
 
     def layer_readers(self) -> dict[str, Callable[[], QuantizedLayer]]:
         """By name what reads each of them into memory of its own; the file is not kept mapped."""
@@ -110,23 +110,30 @@ class Checkpoint:
             for name, meta in self.index["layers"].items()
         }
 
-    def embeddings(self) -> dict[str, QuantizedLayer]:
-        """The input embedding and the output head where they are quantized, by name."""
-        return self._packed("embeddings")
+    def embeddings(self, names: Container[str] | None = None) -> dict[str, QuantizedLayer]:
+        """The input embedding and the output head where they are quantized, likewise."""
+        return self._packed("embeddings", names)
 
-    def _packed(self, kind: str) -> dict[str, QuantizedLayer]:
-        grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for key, tensor in _load(self.directory / MODEL_FILE, f"{kind}.").items():
-            name, part, field = key.rsplit(".", 2)
-            grouped.setdefault(name, {}).setdefault(part, {})[field] = tensor
-        return {
-            name: _read_layer(meta, grouped.get(name, {}))
-            for name, meta in self.index[kind].items()
+    def _packed(self, kind: str, names: Container[str] | None) -> dict[str, QuantizedLayer]:
+        index = {
+            name: meta for name, meta in self.index[kind].items() if names is None or name in names
         }
+        grouped: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in index}
+        found = _load(
+            self.directory / MODEL_FILE, f"{kind}.", lambda key: key.rsplit(".", 2)[0] in index
+        )
+        for key, tensor in found.items():
+            name, part, field = key.rsplit(".", 2)
+            grouped[name].setdefault(part, {})[field] = tensor
+        return {name: _read_layer(meta, grouped[name]) for name, meta in index.items()}
 
-    def others(self) -> dict[str, Tensor]:
-        """All parameters that are not quantized, by name, in the dtype they are stored in."""
-        return _load(self.directory / MODEL_FILE, "model.")
+    def others(self, names: Container[str] | None = None) -> dict[str, Tensor]:
+        """Parameters that are not quantized, by name, in the dtype they are stored in: all, or
+        those of `names`.
+        """
+        return _load(
+            self.directory / MODEL_FILE, "model.", lambda key: names is None or key in names
+        )
 
     def each_other(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """The same one at a time in another dtype, each in memory of its own."""
@@ -258,8 +265,9 @@ def layer_bytes(layer: QuantizedLayer) -> int:
     return layer.weight.nbytes + sum(tensor.nbytes for tensor in activation.values())
 
 
-def _load(file: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a file under a prefix, by the rest of their names, aligned as torch allocates.
+def _load(file: Path, prefix: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors of a file under a prefix, by the rest of their names, aligned as torch
+    allocates.
 
     Matrix products of memory that starts elsewhere may add in another order, and then even an exact
     copy of a model does not give the same bits.
@@ -268,7 +276,7 @@ def _load(file: Path, prefix: str) -> dict[str, Tensor]:
         tensors = {
             key.removeprefix(prefix): stored.get_tensor(key)
             for key in stored.keys()  # noqa: SIM118  (it is no mapping)
-            if key.startswith(prefix)
+            if key.startswith(prefix) and wanted(key.removeprefix(prefix))
         }
     return {key: t.clone() if t.data_ptr() % ALIGNMENT else t for key, t in tensors.items()}
 
@@ -310,16 +318,12 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
     if checkpoint.rotation is not None:
         attach_to_model(model, checkpoint.rotation)
     with torch.no_grad():
-        place_embeddings(model, checkpoint.embeddings(), reference)
         for name, tensor in checkpoint.others().items():
             value = tensor.to(dtype=originals[name].dtype, device=reference.device)
             if not torch.equal(value, originals[name]):
                 replace_parameter(model, name, value)
-        layers = checkpoint.layers()
-        for site in all_linears(model):
-            layer = layers[site.name]
-            module = packed_linear(layer, site.bias, reference.dtype)
-            site.replace(model, module.to(reference.device))
+        place_embeddings(model, checkpoint.embeddings(), reference)
+        place_layers(model, all_linears(model), checkpoint.layers(), reference)
     evaluated: nn.Module = model.eval()
     return evaluated
 
@@ -327,6 +331,20 @@ def instantiate(checkpoint: Checkpoint, base: nn.Module) -> nn.Module:
 def packed_linears(model: nn.Module) -> list[str]:
     """Names of a model's packed linear layers, so that those that are replaced are let go of."""
     return [name for name, each in model.named_modules() if isinstance(each, PackedLinear)]
+
+
+def place_layers(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    layers: Mapping[str, QuantizedLayer],
+    like: Tensor,
+) -> None:
+    """Put packed layers in the places of linear ones, whose biases they get; `like` has the dtype
+    and device to compute in.
+    """
+    for site in sites:
+        module = packed_linear(layers[site.name], site.bias, like.dtype)
+        site.replace(model, module.to(like.device))
 
 
 def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], like: Tensor) -> None:
@@ -339,17 +357,25 @@ def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], li
         if isinstance(stored.weight, PlainWeight):
             weight = PlainWeight(stored.weight.weight.to(like.dtype))
             layer = QuantizedLayer(weight, stored.activation)
-        module = model.get_submodule(name)
-        tied = [
-            other
-            for other, each in model.named_modules()
-            if other != name and each._parameters.get("weight") is module.get_parameter("weight")
-        ]
+        tied = tied_to(model, name)
         for place in (name, *tied):
-            _place(model, place, layer, like)
+            place_embedding(model, place, layer, like)
 
 
-def _place(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> None:
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """Names of the other modules whose weight is that of the module of that name."""
+    weight = model.get_submodule(name).get_parameter("weight")
+    return [
+        other
+        for other, each in model.named_modules()
+        if other != name and each._parameters.get("weight") is weight
+    ]
+
+
+def place_embedding(model: nn.Module, name: str, layer: QuantizedLayer, like: Tensor) -> None:
+    """Put a quantized embedding or head in the place of that name; `like` has the dtype and device
+    to compute in.
+    """
     module = model.get_submodule(name)
     packed: nn.Module
     if type(module) is nn.Embedding:

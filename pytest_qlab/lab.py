@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pytest_qlab.data.text import Document
     from pytest_qlab.data.windows import Window, WindowSet
     from pytest_qlab.metrics.latency import PairedLatency
+    from pytest_qlab.models.lazy import LazyModel
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.settings import Settings
 
@@ -71,8 +72,9 @@ class Lab:
         threads: windows and sequences that run at the same time; results do not depend on it.
         configurations: named method configurations, as in `[tool.qlab.methods]`.
         simulated_latency: `flag`, `skip` or `fail` where no kernel runs the packed bits.
-        stream: whether quantizing reads the model block by block, so that it need not fit in
-            memory: `auto` where it would not, `always`, or `never`. The bits are the same.
+        stream: whether the model is read block by block, to be quantized and for measures of
+            damage, so that it need not fit in memory: `auto` where it would not, `always`, or
+            `never`. The bits are the same.
         progress: called with a line of text during long work.
         run_dir: directory shared by the workers of one pytest run.
         options: the rest of what is in `InputOptions`, by keyword.
@@ -171,12 +173,22 @@ class Lab:
 
     @property
     def base_model(self) -> Any:
-        """The model before quantization, in evaluation mode."""
+        """The model before quantization, in evaluation mode.
+
+        Raises:
+            MetricError: the model is read block by block.
+        """
+        self.check_whole("Base models to be run as a whole")
         return self.loaded.model
 
     @cached_property
     def speed_base(self) -> Any:
-        """The base model as its speed is measured: computing in bfloat16 where that is fast."""
+        """The base model as its speed is measured: computing in bfloat16 where that is fast.
+
+        Raises:
+            MetricError: the model is read block by block.
+        """
+        self.check_whole("Measures of speed (latency, throughput, serving)")
         return speed_base(self.base_model)
 
     @property
@@ -187,8 +199,20 @@ class Lab:
     @property
     def described(self) -> LoadedModel:
         """What is known of the model; its weights are not there if it is read block by block."""
-        lazy = self._streaming.lazy()
-        return self.loaded if lazy is None else lazy.loaded
+        return self.loaded if self.lazy is None else self.lazy.loaded
+
+    @property
+    def lazy(self) -> LazyModel | None:
+        """The model, to be read block by block; None if it is to be loaded.
+
+        Raises:
+            ModelError: it is always to be read block by block, and cannot be.
+        """
+        return self._streaming.lazy()
+
+    def check_whole(self, what: str) -> None:
+        """Refuse what needs the whole model, see `Streaming.check_whole`."""
+        self._streaming.check_whole(what)
 
     @property
     def tokenizer(self) -> Any:

@@ -133,8 +133,9 @@ OPTIONS = (
         "stream",
         "choice",
         "auto",
-        "Whether quantizing reads the model block by block from its safetensors files, so that it "
-        "need not fit in memory; auto: if two copies of it would not. The bits are the same.",
+        "Whether quantizing and measuring damage read the model block by block from its "
+        "safetensors files, so that it need not fit in memory; auto: if two copies of it would "
+        "not. The bits are the same. Measures that need the whole model are an error then.",
         choices=("auto", "always", "never"),
     ),
     Option("json", "path", None, "Write the results as JSON.", "FILE"),

@@ -1,4 +1,4 @@
-"""Quantizing a model that need not fit in memory: part by part, from files into a checkpoint."""
+"""Whether a model is read part by part; quantizing it like that, from files into a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qlab.checkpoint import INDEX_FILE, join_checkpoints, save_checkpoint
-from pytest_qlab.errors import MethodError, ModelError, SpecError, did_you_mean
+from pytest_qlab.errors import MethodError, MetricError, ModelError, SpecError, did_you_mean
 from pytest_qlab.machine import available_memory
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.streamed import Part, quantize_parts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CHOICES = ("auto", "always", "never")
 PARTS = "parts"
 COPIES = 2
-"""Of the model, that quantizing in memory takes: the base model, and one that is worked on."""
+"""Of the model, that work in memory takes: the base model, and one that is made or compared."""
 SHARE = 0.8
 
 
@@ -37,7 +37,7 @@ def exceeds_memory(nbytes: int, available: int | None = None) -> bool:
 
 
 class Streaming:
-    """Whether quantizing reads a model block by block.
+    """Whether a model is read block by block, to be quantized and to be measured.
 
     Args:
         choice: `always`, `never`, or `auto`: if it is large, not in memory yet, and can be.
@@ -86,6 +86,27 @@ class Streaming:
                 "Give --qlab-stream=auto or never for it."
             )
         return None
+
+    def check_whole(self, what: str) -> None:
+        """Refuse what needs the whole model, before it is loaded, if it is not to be.
+
+        Args:
+            what: needs it; the beginning of a sentence, in the plural.
+
+        Raises:
+            MetricError: the model is read block by block.
+        """
+        if self.lazy() is not None:
+            why = (
+                "as --qlab-stream=always says"
+                if self._choice == "always"
+                else "since two copies of it do not fit in memory"
+            )
+            raise MetricError(
+                f"{what} need the whole model in memory, and {self._model.name!r} is read block by "
+                f"block, {why}. Give --qlab-stream=never (stream='never' in Python) on a machine "
+                "with room for it. Measures of damage and of size need no more than a block."
+            )
 
 
 def build_streamed(

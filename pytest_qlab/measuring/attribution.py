@@ -169,7 +169,9 @@ def runs(linears_of_blocks: Sequence[int], windows: int) -> float:
 
 
 def affordable(lab: Lab, checkpoint: Checkpoint) -> bool:
-    """Whether `attribute` runs no more tokens than the evaluation of one candidate does."""
+    """Whether `attribute` can run, on no more tokens than the evaluation of one candidate does."""
+    if lab.lazy is not None:
+        return False
     blocks = Counter(_BLOCK.match(name)[0] for name in checkpoint.index["layers"])  # type: ignore[index]
     windows = lab.eval_data.windows
     some = beginnings(windows)
@@ -179,7 +181,12 @@ def affordable(lab: Lab, checkpoint: Checkpoint) -> bool:
 
 
 def attribute(lab: Lab, checkpoint: Checkpoint) -> Attribution:
-    """Measure every quantized part of a checkpoint alone, and all of them together."""
+    """Measure every quantized part of a checkpoint alone, and all of them together.
+
+    Raises:
+        MetricError: the model is read block by block.
+    """
+    lab.check_whole("Attributions of the damage to layers")
     return _Swaps(lab, checkpoint).measure()
 
 

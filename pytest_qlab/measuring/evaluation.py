@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_qlab.errors import EngineError, ModelError
 from pytest_qlab.measuring.forward import predict, targets_of
+from pytest_qlab.measuring.streamed import predicting
 from pytest_qlab.metrics.divergence import (
     DenseHead,
     HiddenComparison,
@@ -24,9 +27,9 @@ from pytest_qlab.parallel import ordered_map
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pytest_qlab.data.windows import Window
     from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
+    from pytest_qlab.measuring.parts import Parts
 
 
 def comparable_head(lab: Lab, model: Any) -> Head:
@@ -35,8 +38,11 @@ def comparable_head(lab: Lab, model: Any) -> Head:
     Raises:
         ModelError: its logits are made in another way than the base model's.
     """
-    head = head_of(model)
-    if head.exact != lab.reference.head.exact:
+    return _comparable(lab, head_of(model))
+
+
+def _comparable(lab: Lab, head: Head) -> Head:
+    if head.exact != lab.reference.exact:
         raise ModelError(
             "The quantized model's logits are made from its hidden states in another way than the "
             "base model's, so the two cannot be compared."
@@ -55,27 +61,50 @@ def evaluate(lab: Lab, head: Head, look: int) -> TokenArrays:
         head: of the model, as `comparable_head` finds it.
         look: number of the look.
     """
+    windows, expected = lab.windows_of(look), lab.reference.predictions_of(look)
+    return _compare(lab, head, look, expected, lambda place: predict(head, windows[place]))
+
+
+def evaluate_streamed(
+    lab: Lab, parts: Parts, look: int, directory: Path, progress: Callable[[str], None]
+) -> TokenArrays:
+    """`evaluate` for a model that is read block by block, to the bit; one pass over its blocks.
+
+    Args:
+        parts: of the model, for this call only.
+        directory: for hidden states; made, and removed in the end.
+        progress: called with a line for each block.
+
+    Raises:
+        ModelError: its logits are made in another way than the base model's.
+    """
+    windows, expected = lab.windows_of(look), lab.reference.predictions_of(look)
+    with predicting(parts, windows, directory, threads=lab.threads, progress=progress) as ended:
+        return _compare(lab, _comparable(lab, ended.head), look, expected, ended.predict)
+
+
+def _compare(
+    lab: Lab, head: Head, look: int, expected: Sequence[Tensor], run: Callable[[int], Tensor]
+) -> TokenArrays:
+    """Compare what `run` predicts for the window at each place of a look with what is expected."""
     windows = lab.windows_of(look)
     base_head = lab.reference.head
     base_dense, dense = dense_head(base_head), dense_head(head)
 
-    def compare(
-        pair: tuple[Window, Tensor],
-    ) -> tuple[TokenComparison, HiddenComparison | None]:
-        window, expected = pair
-        found = predict(head, window)
-        expected = expected.to(found.device)
-        targets = targets_of(window).to(found.device)
+    def compare(place: int) -> tuple[TokenComparison, HiddenComparison | None]:
+        found = run(place)
+        base = expected[place].to(found.device)
+        targets = targets_of(windows[place]).to(found.device)
         if not head.exact:
-            return compare_logits(expected, found, targets), None
-        tokens = compare_hidden(expected, found, base_dense, dense, targets)
-        return tokens, compare_states(expected, found)
+            return compare_logits(base, found, targets), None
+        tokens = compare_hidden(base, found, base_dense, dense, targets)
+        return tokens, compare_states(base, found)
 
     comparisons: list[TokenComparison] = []
     states: list[HiddenComparison] = []
-    pairs = list(zip(windows, lab.reference.predictions_of(look), strict=True))
+    places = range(len(windows))
     with torch.inference_mode():
-        for number, (tokens, state) in enumerate(ordered_map(compare, pairs, lab.threads), 1):
+        for number, (tokens, state) in enumerate(ordered_map(compare, places, lab.threads), 1):
             comparisons.append(tokens)
             if state is not None:
                 states.append(state)

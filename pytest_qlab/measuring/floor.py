@@ -109,28 +109,43 @@ def _against_itself(
     lab: Lab, pairs: Sequence[tuple[Window, Tensor]], path: Path
 ) -> NDArray[np.float64] | None:
     """KL per token, or None where the model cannot be run that way."""
-    head = lab.reference.head
-    base = dense_head(head)
-
-    def one(pair: tuple[Window, Tensor]) -> Tensor:
-        window, expected = pair
-        found = run(window)
-        expected, targets = expected.to(found.device), targets_of(window).to(found.device)
-        if not head.exact:
-            return compare_logits(expected, found, targets).kl
-        return compare_hidden(expected, found, base, base, targets).kl
-
     try:
-        with _running(head, path) as run:
-            kl = torch.cat(list(ordered_map(one, pairs, lab.threads)))
+        with torch.inference_mode():
+            kl = torch.cat(list(_divergences(lab, pairs, path)))
     except Exception as error:  # Somebody's model code: whatever it raises, it cannot do that.
         lab.progress(f"noise floor: this way does not work for the model ({error})")
         return None
     return kl.double().cpu().numpy()
 
 
+def _divergences(lab: Lab, pairs: Sequence[tuple[Window, Tensor]], path: Path) -> Iterator[Tensor]:
+    """KL per token of each window, run in that way."""
+    lazy, exact = lab.lazy, lab.reference.exact
+    if lazy is not None:
+        # One window after the other, because each keeps its keys and values in all blocks; heads
+        # are compared when no block is in memory any more.
+        with lazy.forwards(), _running(lazy.model, lazy.device, path, exact=exact) as run:
+            found = [run(window) for window, _ in pairs]
+        head = lab.reference.head
+        yield from (_kl(head, *pair, each) for pair, each in zip(pairs, found, strict=True))
+        return
+    head = lab.reference.head
+    with _running(head.model, head.weight.device, path, exact=exact) as run:
+        yield from ordered_map(lambda pair: _kl(head, *pair, run(pair[0])), pairs, lab.threads)
+
+
+def _kl(head: Head, window: Window, expected: Tensor, found: Tensor) -> Tensor:
+    expected, targets = expected.to(found.device), targets_of(window).to(found.device)
+    if not head.exact:
+        return compare_logits(expected, found, targets).kl
+    base = dense_head(head)
+    return compare_hidden(expected, found, base, base, targets).kl
+
+
 @contextmanager
-def _running(head: Head, path: Path) -> Iterator[Callable[[Window], Tensor]]:
+def _running(
+    model: Any, device: torch.device, path: Path, *, exact: bool
+) -> Iterator[Callable[[Window], Tensor]]:
     """As `measuring.forward.predict`, by another path: float32 (scored, hidden or vocabulary)."""
     here = threading.local()  # Windows run in several threads, and the hook is the module's.
 
@@ -139,12 +154,11 @@ def _running(head: Head, path: Path) -> Iterator[Callable[[Window], Tensor]]:
 
     def run(window: Window) -> Tensor:
         here.seen = []
-        logits = path(head.model, torch.tensor([window.ids], device=head.weight.device))
-        found = torch.cat(here.seen if head.exact else [each[:1] for each in logits], dim=1)
+        logits = path(model, torch.tensor([window.ids], device=device))
+        found = torch.cat(here.seen if exact else [each[:1] for each in logits], dim=1)
         return found[0, window.first_scored - 1 : len(window.ids) - 1].float()
 
-    module = head.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    handle = module.register_forward_pre_hook(keep)
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         yield run
     finally:

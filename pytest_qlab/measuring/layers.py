@@ -7,7 +7,7 @@ the same calibration inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pytest_qlab.metrics.weights import WeightError, total, weight_error
 from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pytest_qlab.checkpoint import Checkpoint
     from pytest_qlab.lab import Lab
@@ -86,14 +86,16 @@ def original_terms(
 
 
 def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
-    """Compare every layer of a checkpoint with the base model's."""
+    """Compare every layer of a checkpoint with the base model's, one block after the other."""
     statistics = lab.statistics(gram=True)
-    quantized, scales, rotations = checkpoint.layers(), checkpoint.scales(), checkpoint.rotations()
+    scales, rotations = checkpoint.scales(), checkpoint.rotations()
     layers: list[LayerError] = []
     errors: list[WeightError] = []
-    for index, (name, block) in enumerate(decoder_blocks(lab.base_model)):
+    for index, (name, block) in enumerate(_blocks(lab)):
         known = statistics(index)
-        for site in quantizable_linears(block, name):
+        sites = quantizable_linears(block, name)
+        quantized = checkpoint.layers({site.name for site in sites})
+        for site in sites:
             packed = quantized[site.name].weight
             found = weight_error(
                 site.weight().cpu(),
@@ -115,3 +117,14 @@ def measure_layers(lab: Lab, checkpoint: Checkpoint) -> LayerErrors:
                 )
             )
     return LayerErrors(tuple(layers), total(errors))
+
+
+def _blocks(lab: Lab) -> Iterator[tuple[str, nn.Module]]:
+    """The base model's blocks with their names; each can be read until the next is asked for."""
+    lazy = lab.lazy
+    if lazy is None:
+        yield from decoder_blocks(lab.base_model)
+        return
+    for name, block in lazy.blocks:
+        with lazy.resident(block):
+            yield name, block

@@ -135,7 +135,7 @@ def _loader(candidate: Candidate) -> Iterator[tuple[Load, list[Path]]]:
         yield partial(_loaded_by_engine, candidate, ids), [f for f in files if f not in own]
         return
     with tempfile.TemporaryDirectory() as config:
-        lab.base_model.config.save_pretrained(config)
+        lab.described.model.config.save_pretrained(config)
         given = {
             "config": config,
             "checkpoint": str(directory),

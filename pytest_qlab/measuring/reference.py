@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pytest_qlab.measuring.forward import predict
-from pytest_qlab.models.head import Head, head_of
+from pytest_qlab.measuring.parts import BaseParts
+from pytest_qlab.measuring.streamed import predicting, prove
+from pytest_qlab.models.head import Head, head_module, head_of, matrix_of
 from pytest_qlab.parallel import ordered_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pytest_qlab.data.windows import Window
     from pytest_qlab.lab import Lab
+    from pytest_qlab.models.lazy import LazyModel
 
 FACTS = "facts.json"
 PREDICTIONS = "predictions.safetensors"
 CODE_VERSION = 2
+HEAD_VERSION = 1
 
 
 class Reference:
@@ -47,10 +54,37 @@ class Reference:
         facts: dict[str, Any] = self._lab.store.peek("reference", self.part(0), FACTS) or {}
         return facts
 
-    @cached_property
+    @property
     def head(self) -> Head:
-        """The base model's head."""
+        """The base model's head; its matrix is read each time if the model is read block by block.
+
+        Raises:
+            ModelError: the model is to be read block by block, and cannot be run like that.
+        """
+        lazy = self._lab.lazy
+        if lazy is None:
+            return self._loaded_head
+        module = head_module(lazy.model)
+        with lazy.resident(module, alone=True):
+            weight, bias = matrix_of(module)
+        return Head(lazy.model, weight, bias, **self._head_facts(lazy))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the base model's logits are made from its hidden states; reads no matrix."""
+        lazy = self._lab.lazy
+        return self._loaded_head.exact if lazy is None else bool(self._head_facts(lazy)["exact"])
+
+    @cached_property
+    def _loaded_head(self) -> Head:
         return head_of(self._lab.base_model)
+
+    def _head_facts(self, lazy: LazyModel) -> dict[str, Any]:
+        """What `head_of` finds out about the head of a model that is read block by block."""
+        lab = self._lab
+        parts = {**lab.base_identity(), "code": HEAD_VERSION}
+        found: dict[str, Any] = lab.store.json("head", parts, lambda: prove(lazy, lab.progress))
+        return found
 
     def predictions(self) -> list[Tensor]:
         """For each window, the final hidden states or logits that predict its scored tokens."""
@@ -72,15 +106,15 @@ class Reference:
         lab = self._lab
         windows = lab.windows_of(look)
         found = []
-        head = self.head
-        run = ordered_map(lambda window: predict(head, window), windows, lab.threads)
-        for number, each in enumerate(run, 1):
-            found.append(each.cpu())
-            if number % 16 == 0:
-                lab.progress(f"base model: window {number}/{len(windows)}")
+        with self._predicting(windows, directory / "states") as one:
+            run = ordered_map(one, range(len(windows)), lab.threads)
+            for number, each in enumerate(run, 1):
+                found.append(each.cpu())
+                if number % 16 == 0:
+                    lab.progress(f"base model: window {number}/{len(windows)}")
         lab.count_forwards(len(windows))
         save_file({"predictions": torch.cat(found)}, directory / PREDICTIONS)
-        loaded = lab.loaded
+        loaded = lab.described
         parameters = dict(loaded.model.named_parameters())
         facts = {
             "model": {
@@ -96,3 +130,22 @@ class Reference:
             },
         }
         (directory / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+    @contextmanager
+    def _predicting(
+        self, windows: Sequence[Window], states: Path
+    ) -> Iterator[Callable[[int], Tensor]]:
+        lab, lazy = self._lab, self._lab.lazy
+        if lazy is None:
+            head = self._loaded_head
+            yield lambda place: predict(head, windows[place])
+            return
+        self._head_facts(lazy)  # which proves that the model can be run like that
+        with predicting(
+            BaseParts(lazy),
+            windows,
+            states,
+            threads=lab.threads,
+            progress=lambda line: lab.progress(f"base model: {line}"),
+        ) as ended:
+            yield ended.predict

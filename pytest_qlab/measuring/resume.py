@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from pytest_qlab.models.structure import decoder_blocks
+
+T = TypeVar("T")
 
 
 class _Stop(Exception):
@@ -24,10 +27,15 @@ class Resumable:
 
     Args:
         model: its blocks' `forward` are replaced; give a copy.
+        embeds_once: the input embedding is run only if no block is skipped, and gives zeros
+            otherwise, so that its weights need not be there.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, embeds_once: bool = False) -> None:
         self._here = threading.local()
+        if embeds_once:
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            embedding.forward = self._hollow(embedding, embedding.forward)
         blocks = decoder_blocks(model)
         self.count = len(blocks)
         for index, (_, block) in enumerate(blocks):
@@ -47,7 +55,19 @@ class Resumable:
 
         return forward
 
-    def run(self, forward: Callable[[], Tensor], start: int, state: Any) -> Tensor:
+    def _hollow(
+        self, embedding: nn.Module, original: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        weight, here = embedding.get_parameter("weight"), self._here
+
+        def forward(ids: Tensor) -> Tensor:
+            if getattr(here, "start", 0) == 0:
+                return original(ids)
+            return torch.zeros(*ids.shape, weight.shape[1], dtype=weight.dtype, device=ids.device)
+
+        return forward
+
+    def run(self, forward: Callable[[], T], start: int, state: Any) -> T:
         """`forward()`, the blocks before `start` being skipped.
 
         Args:
@@ -61,7 +81,7 @@ class Resumable:
         finally:
             del self._here.start, self._here.state
 
-    def boundary(self, forward: Callable[[], Tensor], index: int, state: Any) -> Any:
+    def boundary(self, forward: Callable[[], object], index: int, state: Any) -> Any:
         """What block `index` puts out; `state` is what the block before it did (None for 0)."""
         here = self._here
         here.start, here.state, here.last = index, state, index

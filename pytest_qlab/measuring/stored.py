@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from pytest_qlab.kernels.packed import set_materialized
-from pytest_qlab.measuring.evaluation import comparable_head, evaluate, evaluate_engine
+from pytest_qlab.measuring.evaluation import (
+    comparable_head,
+    evaluate,
+    evaluate_engine,
+    evaluate_streamed,
+)
+from pytest_qlab.measuring.parts import PackedParts
 from pytest_qlab.metrics.fidelity import Fidelity
 from pytest_qlab.metrics.tokens import TokenArrays
 
@@ -44,12 +50,12 @@ class StoredEvaluation:
         """All measures on the windows of a look and all before it; runs what was not run yet."""
         candidate, lab = self._candidate, self._candidate.lab
         with ExitStack() as stack:
-            opened: list[Callable[[int], TokenArrays]] = []
+            opened: list[Callable[[int, Path], TokenArrays]] = []
 
-            def run(number: int) -> TokenArrays:
+            def run(number: int, states: Path) -> TokenArrays:
                 if not opened:
                     opened.append(self._open(stack))
-                return opened[0](number)
+                return opened[0](number, states)
 
             for number in range(len(self._parts), look + 1):
                 self._parts.append(self._read(number, run))
@@ -63,7 +69,7 @@ class StoredEvaluation:
             floor=lambda: lab.noise_floor.by_metric,
         )
 
-    def _read(self, look: int, run: Callable[[int], TokenArrays]) -> TokenArrays:
+    def _read(self, look: int, run: Callable[[int, Path], TokenArrays]) -> TokenArrays:
         candidate, lab = self._candidate, self._candidate.lab
         parts = {
             "reference": lab.reference.part(look),
@@ -73,7 +79,7 @@ class StoredEvaluation:
 
         def build(directory: Path) -> None:
             lab.progress(f"{candidate.id}: evaluating")
-            save_file(run(look).to_tensors(), directory / TOKENS)
+            save_file(run(look, directory / "states").to_tensors(), directory / TOKENS)
             facts = {
                 "domains": [domain for _, domain in lab.eval_data.documents],
                 "convention": lab.evaluation.convention,
@@ -84,14 +90,25 @@ class StoredEvaluation:
         self._facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
         return TokenArrays.from_tensors(load_file(directory / TOKENS))
 
-    def _open(self, stack: ExitStack) -> Callable[[int], TokenArrays]:
-        """What evaluates a look: the runtime that the method brings, or the packed model."""
-        candidate, lab = self._candidate, self._candidate.lab
+    def _open(self, stack: ExitStack) -> Callable[[int, Path], TokenArrays]:
+        """What evaluates a look: the runtime that the method brings, or the packed model.
+
+        It is told where hidden states may be written, which are no part of the entry.
+        """
+        candidate, lab, lazy = self._candidate, self._candidate.lab, self._candidate.lab.lazy
         engine = candidate.engine(threads=lab.threads)
         if engine is not None:
             opened = stack.enter_context(engine)
-            return lambda look: evaluate_engine(lab, opened, look)
+            return lambda look, _: evaluate_engine(lab, opened, look)
+        if lazy is not None:
+
+            def progress(line: str) -> None:
+                lab.progress(f"{candidate.id}: evaluating, {line}")
+
+            return lambda look, states: evaluate_streamed(
+                lab, PackedParts(lazy, candidate.checkpoint), look, states, progress
+            )
         stack.callback(set_materialized, candidate.model, False)
         set_materialized(candidate.model, True)
         head = comparable_head(lab, candidate.model)
-        return lambda look: evaluate(lab, head, look)
+        return lambda look, _: evaluate(lab, head, look)

@@ -88,13 +88,31 @@ def check_vocabulary(
 
 
 def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
-    """Earlier logits must not depend on later tokens (an encoder loads as a causal model too)."""
-    rows = _embedding_rows(model)
-    ids = torch.arange(8, device=model.device).remainder(rows)[None]
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % rows
+    pair = look_ahead_pair(_embedding_rows(model))
     with torch.no_grad():
-        first, second = (model(input_ids=i, use_cache=False).logits[0, :-1] for i in (ids, changed))
+        first, second = (
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+            for ids in pair
+        )
+    check_causality(first, second, source, type(model).__name__)
+
+
+def look_ahead_pair(rows: int) -> tuple[list[int], list[int]]:
+    """Two sequences of 8 tokens that differ in the last, for `check_causality`."""
+    ids = [place % rows for place in range(8)]
+    return ids, [*ids[:-1], (ids[-1] + 1) % rows]
+
+
+def check_causality(first: Tensor, second: Tensor, source: str, architecture: str) -> None:
+    """Earlier logits must not depend on later tokens (an encoder loads as a causal model too).
+
+    Args:
+        first, second: logits (8, vocabulary) of the sequences of `look_ahead_pair`.
+
+    Raises:
+        ModelError: they differ there, or are not finite.
+    """
+    first, second = first[:-1], second[:-1]
     if not bool(torch.isfinite(first).all()):
         raise ModelError(
             f"The model {source!r} computes logits that are not finite although its weights are. "
@@ -103,7 +121,7 @@ def _check_no_look_ahead(model: PreTrainedModel, source: str) -> None:
     change, size = _norm(first - second), _norm(first)
     if change > (1e-3 if first.dtype == torch.float32 else 1e-2) * size:
         raise ModelError(
-            f"The model {source!r} ({type(model).__name__}) is not a causal language model: its "
+            f"The model {source!r} ({architecture}) is not a causal language model: its "
             "prediction for a token depends on the tokens after it. Give a decoder model, not an "
             "encoder such as BERT."
         )

@@ -64,7 +64,7 @@ class Head:
             if self.backbone:
                 return _run_backbone(self.model, input_ids)
             with _capturing:  # hooks are the module's: one thread at a time
-                return _capture(self.model, _head_module(self.model), input_ids)[0]
+                return _capture(self.model, head_module(self.model), input_ids)[0]
 
     def full_logits(self, input_ids: Tensor) -> Tensor:
         """Float32 logits (batch, tokens, vocabulary) of a full forward."""
@@ -78,11 +78,9 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         ModelError: the model has no output embeddings.
     """
-    module = _head_module(model)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    found = getattr(module, "bias", None)
-    bias = found if isinstance(found, Tensor) else None
-    ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
+    module = head_module(model)
+    weight, bias = matrix_of(module)
+    ids = torch.tensor([probe_of(weight.shape[0])], device=weight.device)
     with torch.no_grad():
         hidden, raw, logits = _capture(model, module, ids)
         backbone = False
@@ -100,6 +98,18 @@ def head_of(model: PreTrainedModel) -> Head:
         if computed.shape == logits.shape and _close(computed, logits, tolerance):
             return head
     return Head(model, weight, bias, 1.0, None, False, backbone)
+
+
+def matrix_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a model's output embeddings."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias = getattr(module, "bias", None)
+    return weight, bias if isinstance(bias, Tensor) else None
+
+
+def probe_of(vocabulary: int) -> list[int]:
+    """The token ids that `head_of` runs a model with that many on."""
+    return list(range(min(8, vocabulary)))
 
 
 def _transforms(
@@ -127,7 +137,12 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-9))
 
 
-def _head_module(model: PreTrainedModel) -> nn.Module:
+def head_module(model: PreTrainedModel) -> nn.Module:
+    """The output embeddings.
+
+    Raises:
+        ModelError: there are none.
+    """
     module: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if module is None or not isinstance(getattr(module, "weight", None), Tensor):
         raise ModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,10 @@ class LazyModel:
         """Bytes of all parameters in the dtype that the model computes in."""
         return sum(each.nbytes for each in self.model.parameters())
 
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """The name of one of the model's parameters; the first of those that are tied."""
+        return self._names[id(parameter)]
+
     def read(self, name: str) -> Tensor:
         """The parameter of that name, as the whole model in memory would have it.
 
@@ -97,26 +101,21 @@ class LazyModel:
     def resident(self, module: nn.Module, *, alone: bool = False) -> Iterator[None]:
         """Within, the parameters of a module are real, or (`alone`) those that it owns itself."""
         modules = [module] if alone else list(module.modules())
-        before = [(each, dict(each._modules), dict(each._parameters)) for each in modules]
         mine: list[int] = []
         try:
-            for each, _, parameters in before:
-                for attribute, parameter in parameters.items():
-                    if parameter is None or parameter.device.type != "meta":
-                        continue
-                    key = id(parameter)
-                    if key not in self._live:
-                        value = self.read(self._names[key])
-                        self._live[key] = nn.Parameter(value, requires_grad=False)
-                        mine.append(key)
-                    each._parameters[attribute] = self._live[key]
-            yield
+            with restored(modules):
+                for each in modules:
+                    for attribute, parameter in each._parameters.items():
+                        if parameter is None or parameter.device.type != "meta":
+                            continue
+                        key = id(parameter)
+                        if key not in self._live:
+                            value = self.read(self.name_of(parameter))
+                            self._live[key] = nn.Parameter(value, requires_grad=False)
+                            mine.append(key)
+                        each._parameters[attribute] = self._live[key]
+                yield
         finally:
-            for each, children, parameters in before:
-                each._modules.clear()
-                each._modules.update(children)
-                each._parameters.clear()
-                each._parameters.update(parameters)
             for key in mine:
                 del self._live[key]
 
@@ -177,6 +176,20 @@ class LazyModel:
             f"is its parameter {name} of shape {shape}, so it must be converted as a whole when it "
             f"is loaded. {_REMEDY}"
         )
+
+
+@contextmanager
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts back, in the end, which children and parameters modules have."""
+    before = [(each, dict(each._modules), dict(each._parameters)) for each in modules]
+    try:
+        yield
+    finally:
+        for each, children, parameters in before:
+            each._modules.clear()
+            each._modules.update(children)
+            each._parameters.clear()
+            each._parameters.update(parameters)
 
 
 def stored_tensors(directory: Path, source: str) -> dict[str, Stored]:

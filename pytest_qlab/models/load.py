@@ -147,8 +147,8 @@ def open_lazily(
 ) -> LazyModel:
     """Open a model whose weights are read where they are used; arguments as for `load_model`.
 
-    That its weights are finite is checked as they are read. That it is causal is not checked,
-    since that takes a forward pass.
+    That its weights are finite is checked as they are read. That it is causal is not checked here,
+    since that takes a forward pass; `measuring.streamed.prove` does.
 
     Raises:
         ModelError: whatever is wrong with the model, or with reading it part by part.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.streaming import block_bytes, quantize, write_model
+from benchmarks.streaming import block_bytes, run_child, write_model
 from pytest_qlab import Lab
 from pytest_qlab.checkpoint import Checkpoint, save_checkpoint
 from pytest_qlab.errors import MethodError, ModelError, SpecError
@@ -258,18 +259,40 @@ def test_a_limit_on_the_process_counts() -> None:
     assert child.exitcode == 0
 
 
+WIDTH, INNER = 512, 1024
+
+
 @pytest.mark.slow
-def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Nine more blocks: in memory they are held twice, block by block not even once."""
-    width, inner = 512, 1024
-    more = 9 * block_bytes(width, inner)
+@pytest.mark.parametrize(("work", "spec"), [("quantize", "gptq"), ("measure", "rtn")])
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, work: str, spec: str) -> None:
+    """Nine more blocks: in memory they are held once or twice, block by block not even half."""
+    more = 9 * block_bytes(WIDTH, INNER)
     peaks = {}
     for blocks in (3, 12):
-        write_model(tmp_path / str(blocks), blocks, width, inner)
+        model = tmp_path / str(blocks)
+        write_model(model, blocks, WIDTH, INNER)
         for stream in ("always", "never"):
             store = tmp_path / f"store-{blocks}-{stream}"
-            found = quantize(tmp_path / str(blocks), store, "gptq", stream, 0, 2, 32)
+            found = run_child(work, model, store, spec, stream, 0, 2, 32)
             assert "error" not in found
             peaks[blocks, stream] = found["peak"] - found["idle"]
     assert peaks[12, "never"] - peaks[3, "never"] > more
     assert peaks[12, "always"] - peaks[3, "always"] < 0.5 * more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux enforces such limits")
+def test_a_model_is_measured_in_less_memory_than_it_takes(tmp_path: Path) -> None:
+    model, blocks = tmp_path / "model", 24
+    write_model(model, blocks, WIDTH, INNER)
+
+    def measure(stream: str, limit: int) -> dict[str, Any]:
+        store = tmp_path / f"{stream}-{limit}"
+        return run_child("measure", model, store, "rtn", stream, limit, 4, 64)
+
+    whole = measure("never", 0)
+    room = whole["data"] + blocks * block_bytes(WIDTH, INNER)
+    assert "error" in measure("never", room)
+    found = measure("always", room)
+    assert "error" not in found
+    assert found["kl"]["value"] == whole["kl"]["value"] > 0

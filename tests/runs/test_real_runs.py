@@ -121,6 +121,29 @@ def test_two_workers_build_once_and_give_the_same_bits(project: Project) -> None
     assert quality(third) == quality(second)
 
 
+def test_a_streamed_run_has_the_table_of_one_in_memory(project: Project) -> None:
+    found, tables = {}, []
+    for stream in ("never", "always"):
+        done = project.run(
+            "--qlab-methods=none,rtn,gptq:bits=3",
+            f"--qlab-stream={stream}",
+            f"--qlab-json={stream}.json",
+            "-n0",
+            store=project.directory / stream,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[stream] = project.results(f"{stream}.json")
+        lines = done.stdout.splitlines()
+        table = [line.split() for line in lines if line.startswith(("candidate ", "rtn-", "gptq-"))]
+        assert len(table) == 3, done.stdout
+        assert "KL" in table[0], done.stdout
+        tables.append(table)
+    assert tables[0] == tables[1]
+    assert quality(found["always"]) == quality(found["never"])
+    for part in ("model", "evaluation", "forwards"):
+        assert found["always"][part] == found["never"][part]
+
+
 SLOW_METHOD = """
 import os, pathlib, time
 from pytest_qlab import Method, QuantizedLayer, register_method
