@@ -68,7 +68,7 @@ class Candidate:
         Raises:
             MetricError: the base model is read block by block.
         """
-        self.lab.check_whole("Quantized models to be run as a whole, also to measure their memory,")
+        self.lab.check_whole("Quantized models to be run as a whole")
         return instantiate(self.checkpoint, self.lab.base_model)
 
     @cached_property

@@ -188,7 +188,7 @@ class Lab:
         Raises:
             MetricError: the model is read block by block.
         """
-        self.check_whole("Measures of speed (latency, throughput, serving)")
+        self.check_whole("Measures of speed and memory (latency, throughput, serving, memory)")
         return speed_base(self.base_model)
 
     @property
