@@ -26,7 +26,7 @@ from pytest_qlab.formats.e2m1 import (
 )
 from pytest_qlab.formats.float4 import MicroscaledFloat4
 from pytest_qlab.kernels.linear import PackedLinear
-from pytest_qlab.kernels.real import KernelLinear
+from pytest_qlab.kernels.real import KernelLinear, capability_refusal
 
 IN_MULTIPLE, OUT_MULTIPLE = 32, 16
 """Of inputs and outputs: rows of 16 bytes, and what the operator asks of the second matrix."""
@@ -151,11 +151,7 @@ class Float4CudaLinear(KernelLinear):
                 f"{cls.kernel} takes multiples of {IN_MULTIPLE} inputs and {OUT_MULTIPLE} outputs "
                 "only"
             )
-        found = torch.cuda.get_device_capability(source.device)
-        if found < CAPABILITY:
-            needed, present = (".".join(map(str, each)) for each in (CAPABILITY, found))
-            return f"{cls.kernel} takes compute capability {needed} or more; this GPU has {present}"
-        return ""
+        return capability_refusal(cls.kernel, source.device, CAPABILITY)
 
     def paths(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         return (self.multiply,)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pytest_qlab.formats.activations import PerTokenFloat8
 from pytest_qlab.formats.float8 import ScaledFloat8
 from pytest_qlab.kernels.linear import PackedLinear
-from pytest_qlab.kernels.real import KernelLinear, has_operator
+from pytest_qlab.kernels.real import KernelLinear, capability_refusal, has_operator
 
 MULTIPLE = 16
 CAPABILITY = (8, 9)
@@ -61,11 +61,7 @@ class Float8CudaLinear(KernelLinear):
     def refusal(cls, source: PackedLinear) -> str:
         if source.in_features % MULTIPLE or source.out_features % MULTIPLE:
             return f"{cls.kernel} takes multiples of {MULTIPLE} inputs and outputs only"
-        found = torch.cuda.get_device_capability(source.device)
-        if found < CAPABILITY:
-            needed, present = (".".join(map(str, each)) for each in (CAPABILITY, found))
-            return f"{cls.kernel} takes compute capability {needed} or more; this GPU has {present}"
-        return ""
+        return capability_refusal(cls.kernel, source.device, CAPABILITY)
 
     def paths(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         return (self.multiply,)

@@ -108,3 +108,12 @@ class CrossedLinear(KernelLinear):
 def has_operator(space: str, name: str) -> bool:
     """Whether this build of torch has `torch.ops.SPACE.NAME`."""
     return hasattr(getattr(torch.ops, space), name)
+
+
+def capability_refusal(kernel: str, device: torch.device, needed: tuple[int, int]) -> str:
+    """Why a GPU of less than the compute capability that a kernel needs is refused; else empty."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= needed:
+        return ""
+    least, present = (".".join(map(str, each)) for each in (needed, found))
+    return f"{kernel} takes compute capability {least} or more; this GPU has {present}"
