@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "qlab.json"
 SCALES_FILE = "scales.safetensors"
+T = TypeVar("T")
 ALIGNMENT = 64
 
 
@@ -100,11 +101,14 @@ class Checkpoint:
 
     def layer_readers(self) -> dict[str, Callable[[], QuantizedLayer]]:
         """By name what reads each of them into memory of its own; the file is not kept mapped."""
-        grouped: dict[str, dict[str, dict[str, Stored]]] = {}
-        for key, stored in read_header(self.directory / MODEL_FILE).items():
-            if key.startswith("layers."):
-                name, part, field = key.removeprefix("layers.").rsplit(".", 2)
-                grouped.setdefault(name, {}).setdefault(part, {})[field] = stored
+        header = read_header(self.directory / MODEL_FILE)
+        grouped = _by_layer(
+            {
+                key.removeprefix("layers."): stored
+                for key, stored in header.items()
+                if key.startswith("layers.")
+            }
+        )
         return {
             name: partial(_read_stored_layer, meta, grouped.get(name, {}))
             for name, meta in self.index["layers"].items()
@@ -118,14 +122,11 @@ class Checkpoint:
         index = {
             name: meta for name, meta in self.index[kind].items() if names is None or name in names
         }
-        grouped: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in index}
         found = _load(
             self.directory / MODEL_FILE, f"{kind}.", lambda key: key.rsplit(".", 2)[0] in index
         )
-        for key, tensor in found.items():
-            name, part, field = key.rsplit(".", 2)
-            grouped[name].setdefault(part, {})[field] = tensor
-        return {name: _read_layer(meta, grouped[name]) for name, meta in index.items()}
+        grouped = _by_layer(found)
+        return {name: _read_layer(meta, grouped.get(name, {})) for name, meta in index.items()}
 
     def others(self, names: Container[str] | None = None) -> dict[str, Tensor]:
         """Parameters that are not quantized, by name, in the dtype they are stored in: all, or
@@ -286,6 +287,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, json.loads((directory / INDEX_FILE).read_text("utf-8")))
 
 
+def _by_layer(entries: Mapping[str, T]) -> dict[str, dict[str, dict[str, T]]]:
+    """Entries named LAYER.PART.FIELD, by these three."""
+    grouped: dict[str, dict[str, dict[str, T]]] = {}
+    for key, entry in entries.items():
+        name, part, field = key.rsplit(".", 2)
+        grouped.setdefault(name, {}).setdefault(part, {})[field] = entry
+    return grouped
+
+
 def _read_layer(meta: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> QuantizedLayer:
     weight: PackedWeight = load_packed(meta["weight"], tensors.get("weight", {}))
     activation: ActivationQuantizer | None = None
@@ -357,8 +367,7 @@ def place_embeddings(model: nn.Module, embeddings: dict[str, QuantizedLayer], li
         if isinstance(stored.weight, PlainWeight):
             weight = PlainWeight(stored.weight.weight.to(like.dtype))
             layer = QuantizedLayer(weight, stored.activation)
-        tied = tied_to(model, name)
-        for place in (name, *tied):
+        for place in (name, *tied_to(model, name)):
             place_embedding(model, place, layer, like)
 
 
