@@ -12,6 +12,7 @@ from pytest_qlab.engines.gguf.writer import expressible, type_of, write_gguf
 from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.composed import Composed
+from pytest_qlab.methods.configured import follows_channels
 from pytest_qlab.models.structure import all_linears
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def _any_statistics(
     if not wanted:
         return None
     inputs = torch.randn(2 * TRIAL_ROWS, weight.shape[1], generator=generator)
-    accumulator = Accumulator(weight.shape[1], gram="gram" in wanted)
+    accumulator = Accumulator(
+        weight.shape[1], gram="gram" in wanted, channels=follows_channels(wanted)
+    )
     accumulator.add(inputs)
     found = accumulator.result()
     found.fisher = torch.ones_like(weight) if "fisher" in wanted else None

@@ -123,13 +123,11 @@ def statistics_of(inputs: Tensor, rows: int) -> LayerStatistics:
     """What calibration knows of inputs (tokens, n) and of m = `rows` equally sensitive outputs."""
     import torch
 
-    from pytest_qlab.calibration.statistics import LayerStatistics
+    from pytest_qlab.calibration.statistics import ChannelRange, LayerStatistics
 
     return LayerStatistics(
         tokens=len(inputs),
-        minimum=inputs.amin(0),
-        maximum=inputs.amax(0),
-        mean_abs=inputs.abs().mean(0),
+        channels=ChannelRange(inputs.amin(0), inputs.amax(0), inputs.abs().mean(0)),
         square_sum=inputs.square().sum(0),
         gram=inputs.T @ inputs,
         fisher=torch.ones(rows, inputs.shape[1]),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from pytest_qlab.errors import MethodError
+from pytest_qlab.finite import is_finite
 from pytest_qlab.machine import available_memory
 from pytest_qlab.models.structure import decoder_blocks, quantizable_linears
 from pytest_qlab.parallel import ordered_map
@@ -81,7 +82,7 @@ def write_gradients(
         squares = {}
         for site in sites:
             total = next(found)
-            if not bool(total.isfinite().all()):
+            if not is_finite(total):
                 raise MethodError(
                     f"The gradients of {site.name} on the calibration text are not finite. Run the "
                     "model in float32 (--qlab-dtype=float32) and see that its loss is finite."

@@ -108,7 +108,7 @@ def _write_block(
     by_group = {groups[layer]: found for layer, found in statistics.items()}
     save_file(
         {
-            f"{group}.{key}": tensor.contiguous()
+            f"{group}.{key}": tensor.contiguous().cpu()
             for group, found in by_group.items()
             for key, tensor in found.tensors().items()
         },

@@ -192,10 +192,12 @@ class BlockStream:
         groups: dict[str, int],
         *,
         gram: bool,
+        channels: bool = True,
         advance: bool = False,
     ) -> dict[str, LayerStatistics]:
         """Statistics of the inputs of `sites` over all sequences; one object per shared input.
 
+        `gram` and `channels` are those of `Accumulator`.
         `advance` also moves the hidden states on, for a block that does not change in between.
         Otherwise a forward ends at the last of the sites, once a whole one has shown that the block
         runs each of them once.
@@ -204,7 +206,7 @@ class BlockStream:
 
         def empty() -> dict[int, Accumulator]:
             return {
-                number: Accumulator(site.in_features, gram=gram)
+                number: Accumulator(site.in_features, gram=gram, channels=channels)
                 for number, site in first_of.items()
             }
 
@@ -247,7 +249,8 @@ class BlockStream:
                 handle.remove()
         if advance:
             self._hidden = outputs
-        results = {number: total.result() for number, total in totals.items()}
+        # One after the other out of the way, because a result is as large as what it is made of.
+        results = {number: totals.pop(number).result() for number in list(totals)}
         return {site.name: results[groups[site.name]] for site in sites}
 
     def advance(self, index: int, block: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import CorruptEntryError
+from pytest_qlab.finite import is_finite
 from pytest_qlab.formats.base import PackedWeight, load_packed, register_format, stored_tensor
 
 DENSE = "dense_"
@@ -50,7 +51,7 @@ class WithOutliers(PackedWeight):
         narrow = mask.shape[1] <= 2**16
         return cls(
             dense,
-            half if bool(half.isfinite().all()) else values.to(torch.float32),
+            half if is_finite(half) else values.to(torch.float32),
             columns.to(torch.uint16 if narrow else torch.int32),
             starts.to(torch.int32),
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_qlab.errors import CorruptEntryError, StoreError
+from pytest_qlab.finite import is_finite
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.kernels.crossover import crossover, slowdown
 from pytest_qlab.kernels.fp4 import Mxfp4CudaLinear, Nvfp4CudaLinear
@@ -91,7 +92,7 @@ def choose(source: PackedLinear, name: str = "") -> Choice:
     if not source.simulated:
         return Choice(as_computed(source))
     weight = source.packed.dequantize()
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise CorruptEntryError(
             f"The packed weight of {name or 'a layer'} dequantizes to numbers that are not finite, "
             "so no kernel can be checked on it. The stored artefact is damaged: delete it and run "

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict
 Statistic = Literal["channels", "gram", "fisher"]
 
 
+def follows_channels(wanted: frozenset[Statistic]) -> bool:
+    """Whether the ranges of input channels are collected: not for the Gram matrix alone."""
+    return wanted != {"gram"}
+
+
 class Configured(BaseModel):
     """A name with options, frozen: equal options make equal, hashable objects.
 

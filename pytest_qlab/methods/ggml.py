@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from pytest_qlab.errors import MethodError
+from pytest_qlab.finite import is_finite
 from pytest_qlab.methods.base import Method, QuantizedLayer, Statistic
 from pytest_qlab.methods.inputs import check_statistics, check_weight
 from pytest_qlab.methods.mixes import fitting_type
@@ -97,7 +98,7 @@ class Ggml(Method):
         type = fitting_type(self.type, columns)
         if type in _PLAIN:
             plain = weight.to(getattr(torch, _PLAIN[type]))
-            if not bool(plain.isfinite().all()):
+            if not is_finite(plain):
                 raise MethodError(
                     f"{name or 'A layer'} holds weights of magnitude "
                     f"{float(weight.abs().max()):.3g}, which {type} cannot store. Take BF16 or F32."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator
 
 from pytest_qlab.errors import MethodError
+from pytest_qlab.finite import is_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def check_weight(weight: Tensor, name: str) -> None:
             f"The weight of {name or 'a layer'} has the shape {tuple(weight.shape)}; a linear "
             "layer's weight has the shape (out_features, in_features), both at least 1."
         )
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise MethodError(
             f"The weight of {name or 'a layer'} contains NaN or infinite values, so it cannot be "
             "quantized. Check the checkpoint: it may be damaged, or its training has diverged."
@@ -109,7 +110,9 @@ def check_statistics(
             "Run it through a Lab with calibration text."
         )
     columns = weight.shape[1]
-    needed = [statistics.minimum, statistics.maximum, statistics.mean_abs]
+    needed = [statistics.square_sum]
+    if statistics.channels is not None:
+        needed += vars(statistics.channels).values()
     if gram and statistics.gram is not None:
         needed.append(statistics.gram)
     if fisher and statistics.fisher is not None:
@@ -124,7 +127,7 @@ def check_statistics(
             f"The calibration statistics of {layer} are for {needed[0].shape[-1]} input channels, "
             f"its weight has {columns}. They belong to another layer or model."
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in needed):
+    if not all(map(is_finite, needed)):
         raise MethodError(
             f"The calibration inputs of {layer} contain NaN or infinite values, which "
             f"{method!r} cannot use. Run the model in float32 (--qlab-dtype=float32) and see that "

@@ -32,6 +32,7 @@ class Ldlq(Method):
     name: ClassVar[str] = "ldlq"
     summary: ClassVar[str] = "second-order rounding to the points of any codebook"
     reference: ClassVar[str] = "arXiv 2307.13304, section 3; for FP4, arXiv 2509.23202"
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
     cost: ClassVar[float] = 12.0
     positional: ClassVar[str | None] = "codebook"

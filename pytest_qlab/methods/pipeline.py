@@ -17,6 +17,7 @@ from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.packed import set_materialized
 from pytest_qlab.methods.base import Method
 from pytest_qlab.methods.blocks import BlockContext, FoldContext, LayerContext
+from pytest_qlab.methods.configured import follows_channels
 from pytest_qlab.methods.inputs import check_weight
 from pytest_qlab.models.folds import discover_folds
 from pytest_qlab.models.rotation import LayerRotation, Rotation, attach
@@ -229,12 +230,14 @@ class Pass:
     def _collect(self, index: int, block: nn.Module, layers: list[LayerContext]) -> None:
         assert self.stream is not None
         groups = {layer.name: layer.input_group for layer in layers}
+        wanted = self.method.wanted_statistics
         found = self.stream.collect(
             index,
             block,
             [layer.site for layer in layers],
             groups,
-            gram="gram" in self.method.wanted_statistics,
+            gram="gram" in wanted,
+            channels=follows_channels(wanted),
         )
         for layer in layers:
             # Gradients are the original model's, whatever the stream.

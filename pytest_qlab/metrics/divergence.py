@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import MetricError
+from pytest_qlab.finite import is_finite
 
 # Rows x columns x 8 bytes is 1 MiB: what the elementwise passes read stays in the cache.
 _ROWS, _CPU_TILE, _DEVICE_TILE = 256, 512, 8192
@@ -312,7 +313,7 @@ def compare_states(base_hidden: Tensor, candidate_hidden: Tensor) -> HiddenCompa
     ):
         h, other = base.double(), candidate.double()
         for name, values in (("baseline", h), ("candidate", other)):
-            if not bool(torch.isfinite(values).all()):
+            if not is_finite(values):
                 raise _not_finite(f"hidden states of the {name}")
         signal, moved = h.square().sum(dim=1), other.square().sum(dim=1)
         length = (signal * moved).sqrt()

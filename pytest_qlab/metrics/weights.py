@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pytest_qlab.errors import MetricError
 from pytest_qlab.estimate import Estimate
+from pytest_qlab.finite import is_finite
 from pytest_qlab.metrics.fidelity import SNR_CAP_DB
 
 _ROWS = 1024
@@ -109,7 +110,7 @@ def weight_error(
             parts += [before * (before.float() @ gram), moved * (moved.float() @ gram)]
         sums = [part.sum() for part in parts]
         totals[: len(sums)] += torch.stack(sums).cpu()
-    if not bool(torch.isfinite(totals).all()):
+    if not is_finite(totals):
         raise MetricError(
             f"The weights of {name}, or its calibration statistics, contain NaN or infinity. Check "
             "the checkpoint, and quantize in float32."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_qlab.errors import ModelError
+from pytest_qlab.finite import is_finite
 from pytest_qlab.models.experts import unfuse_experts
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: 
 
 def check_finite(name: str, value: Tensor, source: str) -> None:
     """No value of a parameter may be NaN or infinite."""
-    if not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         bad = int((~torch.isfinite(value)).sum())
         raise ModelError(
             f"The weights of the model {source!r} are not all finite: {name} holds {bad} "
@@ -113,7 +114,7 @@ def check_causality(first: Tensor, second: Tensor, source: str, architecture: st
         ModelError: they differ there, or are not finite.
     """
     first, second = first[:-1], second[:-1]
-    if not bool(torch.isfinite(first).all()):
+    if not is_finite(first):
         raise ModelError(
             f"The model {source!r} computes logits that are not finite although its weights are. "
             "A wider dtype may help: --qlab-dtype=float32."

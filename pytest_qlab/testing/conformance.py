@@ -28,6 +28,7 @@ from pytest_qlab.errors import MethodError, SpecError
 from pytest_qlab.formats.activations import load_activation
 from pytest_qlab.formats.base import PackedWeight, load_packed
 from pytest_qlab.methods.base import Method, QuantizedLayer
+from pytest_qlab.methods.configured import follows_channels
 from pytest_qlab.specs import parse_specs
 from pytest_qlab.testing.fakes import tiny_lab
 from pytest_qlab.testing.problems import gaussian_weight, statistics_of, toy_problem
@@ -236,10 +237,7 @@ class MethodConformance:
             return
         weight, inputs = toy_problem(8, 64)
         _, narrow = toy_problem(8, 32)
-        broken = replace(_statistics(method, weight, inputs))
-        for key, value in vars(broken).items():
-            if isinstance(value, Tensor):
-                setattr(broken, key, torch.full_like(value, math.nan))
+        broken = _statistics(method, weight, inputs).rescaled(torch.full((64,), math.nan))
         usual = quantize(method, weight, inputs).weight.dequantize()
         for given in (None, _statistics(method, weight[:, :32], narrow), broken):
             try:
@@ -333,8 +331,10 @@ def quantize(method: Method, weight: Tensor, inputs: Tensor) -> QuantizedLayer:
 
 def _statistics(method: Method, weight: Tensor, inputs: Tensor) -> LayerStatistics:
     """Of inputs; gradients, where they are wanted, are those of outputs that should be noise."""
-    known = statistics_of(inputs, gram="gram" in method.wanted_statistics).to(weight.device)
-    if "fisher" not in method.wanted_statistics:
+    wanted = method.wanted_statistics
+    known = statistics_of(inputs, gram="gram" in wanted, channels=follows_channels(wanted))
+    known = known.to(weight.device)
+    if "fisher" not in wanted:
         return known
     noise = gaussian_weight(len(inputs), len(weight), seed=3)
     total = torch.zeros(len(weight), inputs.shape[1])

@@ -32,8 +32,8 @@ def toy_problem(rows: int, columns: int, seed: int = 0, tokens: int = 256) -> tu
     return weight, inputs
 
 
-def statistics_of(inputs: Tensor, *, gram: bool = True) -> LayerStatistics:
+def statistics_of(inputs: Tensor, *, gram: bool = True, channels: bool = True) -> LayerStatistics:
     """What calibration knows after it has seen `inputs`, float32 (tokens, columns)."""
-    accumulator = Accumulator(inputs.shape[-1], gram=gram)
+    accumulator = Accumulator(inputs.shape[-1], gram=gram, channels=channels)
     accumulator.add(inputs)
     return accumulator.result()

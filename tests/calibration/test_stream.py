@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
 from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
 from pytest_qlab.calibration.stream import BlockStream, capture_calls, input_groups
-from pytest_qlab.errors import ModelError
+from pytest_qlab.errors import MethodError, ModelError
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
 from tests.architectures import ARCHITECTURES, VOCABULARY
@@ -136,6 +136,30 @@ def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
     again = LayerStatistics.from_tensors(ours.tensors())
     assert again.tokens == 20
     assert again.gram is not None
+
+
+def test_the_gram_matrix_alone_says_what_channels_sum_up_to_and_no_more() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(20, 6, generator=generator)
+    alone, both = (Accumulator(6, gram=True, channels=channels) for channels in (False, True))
+    for each in (alone, both):
+        for part in x.chunk(3):
+            batch = Accumulator(6, gram=True, channels=each is both)
+            batch.add(part)
+            each.merge(batch)
+    found, expected = alone.result(), both.result()
+    assert found.tokens == expected.tokens == 20
+    assert torch.equal(cast(Tensor, found.gram), cast(Tensor, expected.gram))
+    torch.testing.assert_close(found.square_sum, expected.square_sum)
+    scaled = found.rescaled(torch.full((6,), 2.0))
+    torch.testing.assert_close(scaled.square_sum, expected.square_sum / 4)
+    for known in (found, scaled, LayerStatistics.from_tensors(found.tensors())):
+        assert known.channels is None
+        for name in ("minimum", "maximum", "mean_abs"):
+            with pytest.raises(MethodError, match='Add "channels" to its `needs`'):
+                getattr(known, name)
+    with pytest.raises(ValueError, match="nothing to add up"):
+        Accumulator(6, gram=False, channels=False)
 
 
 def test_an_expert_without_tokens_has_zero_statistics() -> None:

@@ -265,7 +265,7 @@ def statistics(loaded: LoadedModel) -> Any:
         for number, site in enumerate(quantizable_linears(block, name)):
             generator.manual_seed(100 * index + number)
             squares = torch.rand(site.in_features, generator=generator) ** 2 + 0.01
-            found[site.name] = LayerStatistics(50, -squares, squares, squares, 50 * squares)
+            found[site.name] = LayerStatistics(50, 50 * squares)
         return found
 
     return of

@@ -46,6 +46,51 @@ class MovedStream(Moved):
         return "quantized"
 
 
+class Listening(Rtn):
+    """Writes down what it is told of the outputs of quantized blocks."""
+
+    name: ClassVar[str] = "listening"
+    told: ClassVar[list[LayerStatistics]] = []
+
+    @property
+    def stream(self) -> Stream:
+        return "quantized"
+
+    def quantize(
+        self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
+    ) -> QuantizedLayer:
+        assert statistics is not None
+        self.told.append(statistics)
+        return super().quantize(weight, statistics, name=name)
+
+
+@pytest.mark.parametrize(
+    ("needs", "gram", "channels"),
+    [
+        ({"gram"}, True, False),
+        ({"channels"}, False, True),
+        ({"channels", "gram"}, True, True),
+        ({"fisher"}, False, True),
+        ({"fisher", "gram"}, True, True),
+    ],
+)
+def test_a_method_is_told_what_it_needs_of_quantized_blocks(
+    needs: set[Statistic], gram: bool, channels: bool, tmp_path: Path
+) -> None:
+    class Mine(Listening):
+        needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    Mine.needs, Mine.told = frozenset(needs), []
+    lab = tiny_lab(tmp_path)
+    layers = lab.checkpoint(Mine()).layers()
+    assert len(Mine.told) == len(layers)
+    for known in Mine.told:
+        assert (known.gram is not None, known.channels is not None) == (gram, channels)
+        assert (known.fisher is not None) == ("fisher" in needs)
+        if channels:
+            assert bool((known.maximum >= known.minimum).all())
+
+
 @pytest.mark.parametrize("method", [Moved(), MovedStream()])
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_every_stream_can_transform(

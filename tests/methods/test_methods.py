@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pytest_qlab.calibration.statistics import LayerStatistics
+from pytest_qlab.calibration.statistics import ChannelRange, LayerStatistics
 from pytest_qlab.errors import MethodError
 from pytest_qlab.formats import AffineGroups, PerTensorAffine, PerTokenSymmetric, PlainWeight
 from pytest_qlab.methods.awq import Awq, is_clipped
@@ -40,17 +40,16 @@ CALIBRATED: list[type[Method]] = [Static, Gptq, Awq]
 def statistics_of(inputs: Tensor) -> LayerStatistics:
     return LayerStatistics(
         tokens=len(inputs),
-        minimum=inputs.amin(0),
-        maximum=inputs.amax(0),
-        mean_abs=inputs.abs().mean(0),
         square_sum=inputs.square().sum(0),
+        channels=ChannelRange(inputs.amin(0), inputs.amax(0), inputs.abs().mean(0)),
         gram=inputs.T @ inputs,
     )
 
 
 def unreached(columns: int) -> LayerStatistics:
     empty = torch.zeros(columns)
-    return LayerStatistics(0, empty, empty, empty, empty, torch.zeros(columns, columns))
+    ranges = ChannelRange(empty, empty, empty)
+    return LayerStatistics(0, empty, ranges, torch.zeros(columns, columns))
 
 
 def layer(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[Tensor, LayerStatistics]:
@@ -206,14 +205,16 @@ def test_the_order_of_calibration_tokens_changes_rounding_errors_only(kind: type
 def test_statistics_that_are_missing_wrong_or_not_finite_are_refused(kind: type[Method]) -> None:
     weight, statistics = layer()
     _, other = layer(columns=32)
+    assert statistics.channels is not None
     maximum, gram = statistics.maximum.clone(), cast(Tensor, statistics.gram).clone()
     maximum[0], gram[0, 0] = math.inf, math.nan
+    channels = replace(statistics.channels, maximum=maximum)
     with pytest.raises(MethodError, match=r"needs .* of up_proj"):
         kind().quantize(weight, None, name="up_proj")
     with pytest.raises(MethodError, match="32 input channels"):
         kind().quantize(weight, other, name="up_proj")
     with pytest.raises(MethodError, match="up_proj contain NaN"):
-        kind().quantize(weight, replace(statistics, maximum=maximum, gram=gram), name="up_proj")
+        kind().quantize(weight, replace(statistics, channels=channels, gram=gram), name="up_proj")
 
 
 def test_gptq_and_awq_need_the_gram_matrix() -> None:

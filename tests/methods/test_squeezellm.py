@@ -25,7 +25,7 @@ from tests.lab.tiny import saved_tiny_model, tiny_lab
 
 def known(fisher: Tensor, tokens: int = 10) -> LayerStatistics:
     channel = torch.ones(fisher.shape[1])
-    return LayerStatistics(tokens, -channel, channel, channel, channel, fisher=fisher)
+    return LayerStatistics(tokens, channel, fisher=fisher)
 
 
 def problem(rows: int = 12, columns: int = 80, seed: int = 0) -> tuple[Tensor, Tensor]:

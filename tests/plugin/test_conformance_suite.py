@@ -15,6 +15,7 @@ from pytest_qlab import QuantizedLayer, register_method
 from pytest_qlab.formats.base import PackedWeight, register_format
 from pytest_qlab.formats.plain import PlainWeight
 from pytest_qlab.methods.base import Statistic
+from pytest_qlab.methods.inputs import check_statistics
 from pytest_qlab.testing import MethodConformance, ToyMethod
 
 
@@ -124,6 +125,18 @@ class Mine(Base):
         return super().quantize(weight * (1 + 0.01 * busy / (1 + busy)), statistics, name=name)
 """,
         "test_statistics_that_are_missing_or_wrong_are_refused",
+    ),
+    "looks at channels that it did not ask for": (
+        """
+class Mine(Base):
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"gram"})
+
+    def quantize(self, weight, statistics, *, name=""):
+        check_statistics(statistics, weight, name, "mine", gram=True)
+        busy = statistics.mean_abs.amax()
+        return super().quantize(weight * (1 + 0.01 * busy / (1 + busy)), statistics, name=name)
+""",
+        "test_it_is_deterministic",
     ),
     "cannot be read back": (
         """

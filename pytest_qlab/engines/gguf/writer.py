@@ -19,6 +19,7 @@ from pytest_qlab.engines.gguf.hyperparameters import ROPE_FACTORS, hyperparamete
 from pytest_qlab.engines.gguf.names import Naming, Place, gguf_names
 from pytest_qlab.engines.gguf.vocabulary import Vocabulary, vocabulary_of
 from pytest_qlab.errors import MethodError, MissingExtraError, ModelError, StoreError, did_you_mean
+from pytest_qlab.finite import is_finite
 from pytest_qlab.formats.affine import AffineGroups, group_length
 from pytest_qlab.formats.base import PackedWeight
 from pytest_qlab.formats.float4 import MicroscaledFloat4
@@ -81,7 +82,7 @@ def base_tensors(
         if name in sites and sites[name].transposed:
             value = value.t()
         rounded = value.to(DTYPES[dtype])
-        if dtype == "F16" and not bool(torch.isfinite(rounded).all()):
+        if dtype == "F16" and not is_finite(rounded):
             raise ModelError(
                 f"The weights of {place.module} have magnitudes up to {float(value.abs().max()):g}"
                 f", which {dtype} cannot hold. Use F32 or BF16."
