@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from pytest_qlab.report.terminal import render_terminal
 from pytest_qlab.results import Results, merge_results
 
 OK, FAILED, USAGE = 0, 1, 2
+SPARE_PROMPTS = 2000
+"""Beside one for each request that counts: for those before, and what an open loop sends after."""
 FORMATS: dict[str, Callable[[Results], str]] = {
     "csv": render_csv,
     "markdown": render_markdown,
@@ -218,7 +221,7 @@ def _serve_bench(options: argparse.Namespace) -> int:
     limits = Limits(
         requests=options.requests, seconds=options.seconds, failures=options.max_failures
     )
-    prompts = unique_prompts(options.prompt_words)
+    this_run = secrets.token_hex(8)
     endpoint = Endpoint(
         options.endpoint,
         options.model,
@@ -228,8 +231,10 @@ def _serve_bench(options: argparse.Namespace) -> int:
     )
     runs: list[ServingRun] = []
     try:
-        for load in loads:
+        for place, load in enumerate(loads):
             print(f"qlab: {load}", file=sys.stderr)
+            enough = options.requests + SPARE_PROMPTS
+            prompts = unique_prompts(options.prompt_words, enough, run=f"{this_run}/{place}")
             run = drive(endpoint, load, prompts, options.tokens, limits, seed=options.seed)
             check_lengths(run, prompts, endpoint.count)
             runs.append(run)

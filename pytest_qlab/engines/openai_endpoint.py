@@ -250,9 +250,14 @@ class Stream:
             times=tuple(self._times),
             counts=tuple(counts),
             prompt_tokens=self._usage.get("prompt_tokens"),
+            cached_tokens=self._cached(),
             counted=counted,
             finish=self._finish,
         )
+
+    def _cached(self) -> int | None:
+        details = self._usage.get("prompt_tokens_details")
+        return details.get("cached_tokens") if isinstance(details, Mapping) else None
 
 
 def _no_url(url: str) -> EngineError:

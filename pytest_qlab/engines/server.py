@@ -26,6 +26,8 @@ class Reply:
         times: when each chunk arrived, in order.
         counts: how many tokens each chunk brought.
         prompt_tokens: how many tokens the prompt had; None where nobody told.
+        cached_tokens: how many of them the server had in a cache of prefixes; None where nobody
+            told.
         counted: what `counts` come from: `tokens` (each seen by itself), `usage` (the server's
             count), `length` (the server says that it ended at the length asked for), or `chunks`
             (nothing better was there).
@@ -38,6 +40,7 @@ class Reply:
     times: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     counted: str = "tokens"
     finish: str = ""
     error: str = ""

@@ -9,6 +9,7 @@ the last of those is complete.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -81,8 +82,11 @@ def check_lengths(
         )
 
 
-def unique_prompts(words: int, count: int = 2000) -> list[str]:
+def unique_prompts(words: int, count: int = 2000, *, run: str = "") -> list[str]:
     """Prose of so many words, each with another beginning, so that no cache of prefixes helps.
+
+    Args:
+        run: prompts of another run begin differently, too: a server remembers those of the last.
 
     Raises:
         MetricError: fewer than 1 word is asked for.
@@ -95,9 +99,14 @@ def unique_prompts(words: int, count: int = 2000) -> list[str]:
     text = " ".join(document.text for document in documents).split()
     starts = (number * words % max(1, len(text) - words) for number in range(count))
     return [
-        " ".join([f"{number}.", *text[start : start + words - 1]][:words])
+        " ".join([_beginning(run, number), *text[start : start + words - 1]][:words])
         for number, start in enumerate(starts)
     ]
+
+
+def _beginning(run: str, number: int) -> str:
+    """A word that differs from others in its first letters, by which a cache would find them."""
+    return f"{hashlib.sha256(f'{run}/{number}'.encode()).hexdigest()[:8]}-{number}"
 
 
 class _Driver:

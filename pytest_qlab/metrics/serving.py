@@ -157,6 +157,16 @@ class ServingRun:
         short = [each for each in self.measured if each.tokens < self.tokens]
         return sum(1 for each in short if not each.finish)
 
+    @property
+    def cached_share(self) -> float | None:
+        """Of the prompts' tokens, the share that the server says it had in a cache of prefixes."""
+        told = [
+            (each.cached_tokens, each.prompt_tokens)
+            for each in self.measured
+            if each.cached_tokens is not None and each.prompt_tokens
+        ]
+        return sum(c for c, _ in told) / sum(n for _, n in told) if told else None
+
     def ttft(self) -> list[float]:
         """Seconds to the first token, of each reply."""
         return [each.ttft for each in self.measured]

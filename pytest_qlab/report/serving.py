@@ -14,6 +14,9 @@ VERSION = 2
 LENGTH_TOLERANCE = 0.1
 """Speeds are comparable while replies are, in the mean, this close to the length asked for."""
 
+MOST_CACHED = 0.05
+"""Share of the prompts' tokens: a few at the beginning are the same in all, such as BOS."""
+
 
 def kept_length(run: ServingRun) -> bool:
     """Whether the replies are about as long as was asked for, and nobody has to guess it."""
@@ -46,6 +49,7 @@ def describe_run(run: ServingRun, name: str) -> dict[str, Any]:
         }
         if prompts
         else None,
+        "cached_share": run.cached_share,
         "counted": sorted({each.counted for each in run.measured}),
         "wrong_lengths": run.wrong_lengths,
         "unverified_lengths": run.unverified,
@@ -102,6 +106,11 @@ def _notes(run: ServingRun, described: dict[str, Any]) -> list[str]:
         notes.append(described["problem"])
     if run.failed:
         notes.append(f"{run.failed} requests failed and are left out")
+    if (run.cached_share or 0) > MOST_CACHED:
+        notes.append(
+            f"the server had {run.cached_share:.0%} of the prompts' tokens in a cache of prefixes, "
+            "so the time to the first token is not the model's alone"
+        )
     if run.wrong_lengths:
         kept = "" if kept_length(run) else ", so that speeds cannot be compared"
         notes.append(

@@ -312,6 +312,41 @@ def test_the_command_measures_each_load(tmp_path: Path, capsys: pytest.CaptureFi
     assert {len(prompt.split()) for prompt in prompts} == {5}
 
 
+def test_no_load_sends_what_a_server_may_remember(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither of the same run nor of one before."""
+    seen: list[str] = []
+
+    def handle(exchange: Exchange) -> None:
+        seen.append(exchange.body["prompt"])
+        answer(text("x"), final(9, 1), "[DONE]")(exchange)
+
+    with serving(handle) as url:
+        arguments = f"serve-bench --endpoint {url} --model m --concurrency 1,2 --rate 200"
+        for _ in range(2):
+            assert main([*arguments.split(), "--requests", "30", "--tokens", "1"]) == 0
+    assert len(seen) >= 2 * 3 * 30
+    assert len({prompt.split()[0] for prompt in seen}) == len(seen)
+    # A tokenizer cuts the first word up, and all but a few differ in its first letters.
+    assert len({prompt[:4] for prompt in seen}) > 0.9 * len(seen)
+    assert "cache of prefixes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cached", "said"), [(None, False), (0, False), (1, False), (40, True)])
+def test_what_a_server_had_in_its_cache_is_said(
+    cached: int | None, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = final(80, 2)
+    last["usage"]["prompt_tokens_details"] = None if cached is None else {"cached_tokens": cached}
+    out = tmp_path / "bench.json"
+    with serving(answer(text("x"), text("y"), last, "[DONE]")) as url:
+        arguments = f"serve-bench --endpoint {url} --model m --concurrency 1 --requests 4"
+        assert main([*arguments.split(), "--tokens", "2", "--json", str(out)]) == 0
+    (run,) = json.loads(out.read_text("utf-8"))["runs"]
+    assert run["cached_share"] == (None if cached is None else cached / 80)
+    note = "the server had 50% of the prompts' tokens in a cache of prefixes"
+    assert (note in capsys.readouterr().out) == said
+
+
 def test_the_command_reports_replies_that_are_too_short(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "m", "--concurrency", "1", "--requests", "5", "--tokens", "8"]
     with serving(answer(text("x"), text("y"), "[DONE]")) as url:
