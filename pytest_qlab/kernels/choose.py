@@ -147,7 +147,7 @@ def build(source: PackedLinear, chosen: LayerKernel | None, name: str = "") -> n
         raise _not_built(name, chosen, "it is not made for this format and device")
     try:
         module = kind(source)
-    except RuntimeError as failure:
+    except (RuntimeError, ValueError) as failure:
         raise _not_built(name, chosen, str(failure).splitlines()[0]) from failure
     if isinstance(module, CrossedLinear) and chosen.most_rows is not None:
         module.most_rows = chosen.most_rows

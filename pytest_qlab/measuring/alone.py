@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import nn
 
 from pytest_qlab.checkpoint import (
     Checkpoint,
+    open_checkpoint,
     packed_linear,
     packed_linears,
     place_embeddings,
     replace_parameter,
 )
 from pytest_qlab.errors import ModelError
+from pytest_qlab.kernels.choose import LayerKernel, build
 from pytest_qlab.models.experts import unfuse_experts
+from pytest_qlab.models.load import DTYPES
 from pytest_qlab.models.rotation import attach_to_model
 from pytest_qlab.models.structure import all_linears
 
@@ -67,6 +71,22 @@ def load_alone(
         )
     loaded: nn.Module = model.to(device).eval()  # buffers that are no parameters
     return loaded
+
+
+def load_as_run(job: dict[str, Any], config: Any) -> nn.Module:
+    """The packed model of a job (`runnable.packed_job`), its layers on the kernels that it names.
+
+    They are built without the check, which multiplies by dequantized weights in float32: whoever
+    gives the job has made it, and its memory and time are none that running the model takes.
+    """
+    kernels = {name: LayerKernel(**each) for name, each in job["layers"].items()}
+    return load_alone(
+        open_checkpoint(Path(job["checkpoint"])),
+        config,
+        DTYPES[job["dtype"]],
+        device=job["device"],
+        chosen=lambda name, layer: build(layer, kernels.get(name), name),
+    )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pytest_qlab.errors import MetricError, NotMeasuredError
@@ -31,30 +30,23 @@ def refuse_engine(candidate: Candidate) -> None:
         )
 
 
-def refuse_simulated(candidate: Candidate, what: str, wanted: Sequence[str] | None = None) -> bool:
+def refuse_simulated(candidate: Candidate, what: str) -> bool:
     """Whether the speed would be a simulation's; raise if so, and the policy is not to flag that.
 
     Args:
         what: the subject of messages, such as `The latency`.
-        wanted: the kernels that would have to run; by default, those of the candidate's
-            `speed_model`.
 
     Raises:
         NotMeasuredError: the policy is to skip. MetricError: it is to fail.
     """
-    layers = "its layers dequantize before they multiply"
-    if wanted is None:
-        kernels = candidate.kernels
-        wanted = kernels.wanted
-        layers = (
-            f"of its layers, {kernels.dequantizing} dequantize before they multiply ({kernels})"
-        )
-    if wanted and candidate.lab.simulated_latency != "flag":
+    kernels = candidate.kernels
+    if kernels.simulated and candidate.lab.simulated_latency != "flag":
         message = (
-            f"{what} of {candidate.id} is not a claim that can be made: {layers}. It would need "
-            f"{' and '.join(wanted)}. Pass "
+            f"{what} of {candidate.id} is not a claim that can be made: of its layers, "
+            f"{kernels.dequantizing} dequantize before they multiply ({kernels}). It would need "
+            f"{' and '.join(kernels.wanted)}. Pass "
             "--qlab-simulated-latency=flag to measure it all the same, marked as simulated."
         )
         skip = candidate.lab.simulated_latency == "skip"
         raise (NotMeasuredError if skip else MetricError)(message)
-    return bool(wanted)
+    return kernels.simulated

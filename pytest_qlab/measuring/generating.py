@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pytest_qlab.checkpoint import open_checkpoint
-from pytest_qlab.kernels.choose import LayerKernel, build
 from pytest_qlab.machine import peak_resident_bytes
-from pytest_qlab.measuring.alone import load_alone
-from pytest_qlab.models.load import DTYPES
+from pytest_qlab.measuring.alone import load_as_run
 
 
 def generate(model: Any, ids: list[int], new: int) -> list[int]:
@@ -32,22 +28,6 @@ def generate(model: Any, ids: list[int], new: int) -> list[int]:
     return found
 
 
-def load(job: dict[str, Any], config: Any) -> Any:
-    """The packed model, its layers on the kernels that the job names.
-
-    They are built without the check, which multiplies by dequantized weights in float32: whoever
-    gives the job has made it, and its memory is none that running the model takes.
-    """
-    kernels = {name: LayerKernel(**each) for name, each in job["layers"].items()}
-    return load_alone(
-        open_checkpoint(Path(job["checkpoint"])),
-        config,
-        DTYPES[job["dtype"]],
-        device=job["device"],
-        chosen=lambda name, layer: build(layer, kernels.get(name), name),
-    )
-
-
 def main() -> None:
     """Do the job and answer with the tokens and with bytes: before the model came, and at most."""
     from transformers import AutoConfig
@@ -56,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(job["config"])
     idle = peak_resident_bytes()
-    tokens = generate(load(job, config), job["ids"], job["new"])
+    tokens = generate(load_as_run(job, config), job["ids"], job["new"])
     print(json.dumps({"tokens": tokens, "idle": idle, "peak": peak_resident_bytes()}))
 
 

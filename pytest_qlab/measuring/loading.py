@@ -1,7 +1,7 @@
 """A program that loads a packed model as a fresh process does, and times it and its first token.
 
-It reads a JSON object from standard input and prints one as its last line. Run it as
-`python -m pytest_qlab.measuring.loading`.
+Nothing is read but the configuration and the checkpoint, which holds every parameter. A job comes
+in on standard input and the answer goes out as the last line, both JSON.
 """
 
 from __future__ import annotations
@@ -9,52 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pytest_qlab.checkpoint import instantiate, open_checkpoint
-from pytest_qlab.models.experts import is_fused, unfuse_experts
-from pytest_qlab.models.load import DTYPES
+from pytest_qlab.measuring.alone import load_as_run
 from pytest_qlab.parallel import one_thread_per_operation
 
 STEADY = 5
 _PAGE = 4096
-
-
-def load(config: Path, checkpoint: Path, *, dtype: str, device: str) -> nn.Module:
-    """The model of a checkpoint in the store, with all its weights in memory.
-
-    Nothing is read but the configuration and the checkpoint, which holds every parameter.
-
-    Args:
-        config: directory with the base model's config.json.
-    """
-    model = empty_model(config, dtype)
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for module in model.modules():
-        if is_fused(module):  # The check of what they compute must not meet a NaN.
-            for parameter in module.parameters():
-                parameter.zero_()
-    unfuse_experts(model)
-    loaded = instantiate(open_checkpoint(checkpoint), model.to(device))
-    for tensor in (*loaded.parameters(), *loaded.buffers()):
-        touch(tensor)
-    return loaded
-
-
-def empty_model(config: Path, dtype: str) -> Any:
-    """A model with the configuration's structure, whose weights are whatever was in memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    known = AutoConfig.from_pretrained(config)
-    with torch.no_grad(), no_init_weights():
-        return AutoModelForCausalLM.from_config(known, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
 
 
 def touch(tensor: Tensor) -> None:
@@ -76,19 +40,18 @@ def generate_one(model: Any, ids: Tensor) -> int:
 
 def main() -> None:
     """Load what standard input describes; print seconds of the load and of first tokens."""
-    given = json.load(sys.stdin)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    job: dict[str, Any] = json.load(sys.stdin)
     one_thread_per_operation()
     with torch.device("meta"):  # Imports the architecture's code, which is no part of loading.
-        empty_model(Path(given["config"]), given["dtype"])
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["config"]))  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    model = load(
-        Path(given["config"]),
-        Path(given["checkpoint"]),
-        dtype=given["dtype"],
-        device=given["device"],
-    )
+    model = load_as_run(job, AutoConfig.from_pretrained(job["config"]))
+    for tensor in (*model.parameters(), *model.buffers()):
+        touch(tensor)
     loaded = time.perf_counter()
-    ids = torch.tensor([given["ids"]], device=given["device"])
+    ids = torch.tensor([job["ids"]], device=job["device"])
     times = []
     token = -1
     for _ in range(1 + STEADY):

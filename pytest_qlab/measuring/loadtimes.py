@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,8 +18,10 @@ from pytest_qlab.measuring.child import answer_of_child
 from pytest_qlab.measuring.claims import has_engine, refuse_simulated
 from pytest_qlab.measuring.loading import STEADY
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
+from pytest_qlab.measuring.runnable import packed_job
 from pytest_qlab.measuring.speed import THREADS, alone, conditions, text_tokens
 from pytest_qlab.stats.intervals import MEDIAN_SAMPLES, sample_quantile
+from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
@@ -31,7 +32,7 @@ MOST_SECONDS = 1800.0
 """No cold and warm load begin after this."""
 COLD_SHARE = 0.05
 """A load is cold if at most this share of the checkpoint was still in memory."""
-LOADING_VERSION = 3
+LOADING_VERSION = 4
 
 Load = Callable[[], dict[str, Any]]
 """Loads a model in a fresh process: seconds of the `load`, of the `first` and `steady` tokens."""
@@ -73,12 +74,11 @@ def measure_loading(candidate: Candidate) -> Loading:
             policy is to fail.
         EngineError: the candidate's runtime failed.
     """
-    # A process that loads the candidate by itself dequantizes.
-    wanted = candidate.checkpoint.wanted_kernels
-    simulated = refuse_simulated(candidate, "The load time", wanted)
+    simulated = refuse_simulated(candidate, "The load time")
     lab = candidate.lab
     quantized = lab.quantized_identity(candidate.method)
-    parts = conditions(lab, LOADING_VERSION, quantized=quantized)
+    kernels = content_hash(candidate.kernels.to_dict())
+    parts = conditions(lab, LOADING_VERSION, quantized=quantized, kernels=kernels)
 
     def compute() -> dict[str, Any]:
         # What is mapped here would stay in memory there.
@@ -92,7 +92,7 @@ def measure_loading(candidate: Candidate) -> Loading:
     fields = {
         "candidate": candidate.id,
         "unit": "s",
-        "convention": "fresh process",
+        "convention": f"fresh process, {candidate.kernels}",
         "simulated": simulated,
     }
     found: dict[str, Estimate] = {}
@@ -134,16 +134,8 @@ def _loader(candidate: Candidate) -> Iterator[tuple[Load, list[Path]]]:
         files = [each for each in sorted(directory.iterdir()) if each.is_file()]
         yield partial(_loaded_by_engine, candidate, ids), [f for f in files if f not in own]
         return
-    with tempfile.TemporaryDirectory() as config:
-        lab.described.model.config.save_pretrained(config)
-        given = {
-            "config": config,
-            "checkpoint": str(directory),
-            "dtype": lab.model.dtype,
-            "device": lab.model.device,
-            "ids": ids,
-        }
-        yield partial(_loaded, candidate.id, given), own
+    with packed_job(candidate) as job:
+        yield partial(_loaded, candidate.id, {**job, "ids": ids}), own
 
 
 def _load_in_turns(candidate: str, load: Load, files: list[Path]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ Of the model that speed is measured on, so that budgets on both speak of the sam
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytest_qlab.errors import MetricError, did_you_mean
@@ -18,7 +16,7 @@ from pytest_qlab.measuring.runnable import (
     KernelUse,
     dtype_name,
     kernel_use_parts,
-    speed_dtype_name,
+    packed_job,
 )
 from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
 from pytest_qlab.metrics.memory import (
@@ -221,9 +219,10 @@ def measure_process(candidate: Candidate) -> Estimate:
                     "idle": engine.idle_memory,
                     "convention": f"{engine.name}, prompt of {ids.shape[1]}",
                 }
-        dtype = speed_dtype_name(lab.base_model)
-        found = _in_a_child(candidate, ids[0].tolist(), dtype)
-        convention = f"{dtype}, {kernels}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
+        found = _in_a_child(candidate, ids[0].tolist())
+        convention = (
+            f"{found['dtype']}, {kernels}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
+        )
         return {**found, "convention": convention}
 
     found = lab.store.json("process_memory", parts, compute)
@@ -238,23 +237,11 @@ def measure_process(candidate: Candidate) -> Estimate:
     )
 
 
-def _in_a_child(candidate: Candidate, ids: list[int], dtype: str) -> dict[str, Any]:
-    lab = candidate.lab
-    layers = candidate.kernels.layers
-    with tempfile.TemporaryDirectory(prefix="qlab-") as directory:
-        lab.base_model.config.save_pretrained(directory)
-        job = {
-            "checkpoint": str(candidate.checkpoint.directory),
-            "config": directory,
-            "dtype": dtype,
-            "device": lab.model.device,
-            "layers": {name: asdict(each) for name, each in layers.items()},
-            "ids": ids,
-            "new": NEW_TOKENS,
-        }
+def _in_a_child(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
+    with packed_job(candidate) as job:
         found = answer_of_child(
             "pytest_qlab.measuring.generating",
-            job,
+            {**job, "ids": ids, "new": NEW_TOKENS},
             what=f"memory.rss_peak of {candidate.id}",
             instead="Hold memory.resident and memory.peak, which are counted in this process.",
         )
@@ -263,4 +250,4 @@ def _in_a_child(candidate: Candidate, ids: list[int], dtype: str) -> dict[str, A
             "memory.rss_peak was not measured: this system does not say how much memory a process "
             "had at most. Hold memory.peak."
         )
-    return found
+    return {**found, "dtype": job["dtype"]}

@@ -6,8 +6,10 @@ question, what they say is another.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +24,7 @@ from pytest_qlab.checkpoint import (
 from pytest_qlab.kernels.choose import LayerKernel, build, choose
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
 from pytest_qlab.machine import processor_of
+from pytest_qlab.models.load import DTYPES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,12 +112,6 @@ def speed_base(base: Any) -> Any:
     return base if dtype == first.dtype else copy_in(base, dtype)
 
 
-def speed_dtype_name(base: Any) -> str:
-    """What `speed_base` of a model computes in, such as `bfloat16`, without making that."""
-    first = next(base.parameters())
-    return _name(speed_dtype(first.dtype, first.device))
-
-
 def copy_in(base: Any, dtype: torch.dtype) -> Any:
     """A copy of a model whose parameters have another dtype; what is tied stays tied.
 
@@ -195,6 +192,24 @@ def known_kernel_use(candidate: Candidate) -> KernelUse | None:
     """The same if it is known; computes nothing."""
     stored = candidate.lab.store.peek("kernels", kernel_use_parts(candidate))
     return None if stored is None else KernelUse.from_dict(stored)
+
+
+@contextmanager
+def packed_job(candidate: Candidate) -> Iterator[dict[str, Any]]:
+    """What a fresh process has to know to load the candidate as it runs (`alone.load_as_run`).
+
+    The configuration lies in a directory that is there within the block.
+    """
+    lab, layers = candidate.lab, candidate.kernels.layers
+    with tempfile.TemporaryDirectory(prefix="qlab-") as directory:
+        lab.described.model.config.save_pretrained(directory)
+        yield {
+            "checkpoint": str(candidate.checkpoint.directory),
+            "config": directory,
+            "dtype": _name(speed_dtype(DTYPES[lab.model.dtype], torch.device(lab.model.device))),
+            "device": lab.model.device,
+            "layers": {name: asdict(each) for name, each in layers.items()},
+        }
 
 
 def use_kernels(model: nn.Module) -> KernelUse:

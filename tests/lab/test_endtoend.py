@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pytest_qlab.engines.server import Reply, Request
 from pytest_qlab.errors import MetricError, NotMeasuredError, QlabError
 from pytest_qlab.measuring import endtoend, loading, loadtimes
+from pytest_qlab.measuring.alone import load_as_run
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
+from pytest_qlab.measuring.runnable import packed_job
 from pytest_qlab.measuring.speed import text_tokens
 from pytest_qlab.metrics import throughput
 from tests.architectures import CONTEXT, llama, token_ids
@@ -76,20 +79,29 @@ def test_lengths_fit_the_context(tmp_path: Path, prompt: int, tokens: int) -> No
 
 @pytest.mark.parametrize(
     ("architecture", "method"),
-    [("llama", "none"), ("llama", "rtn"), ("gemma", "rtn"), ("gpt2", "rtn"), ("mixtral", "rtn")],
+    [
+        ("llama", "none"),
+        ("llama", "rtn"),
+        ("llama", "dynamic"),
+        ("gemma", "rtn"),
+        ("gpt2", "rtn"),
+        ("mixtral", "rtn"),
+    ],
 )
-def test_what_a_process_loads_is_the_candidate(
-    tmp_path: Path, architecture: str, method: str
-) -> None:
+def test_what_a_process_loads_is_what_runs(tmp_path: Path, architecture: str, method: str) -> None:
+    """The model whose latency is measured: its dtype, its kernels, its numbers."""
     lab = tiny_lab(tmp_path / "store", architecture)
     candidate = lab.candidate(method)
-    lab.base_model.config.save_pretrained(tmp_path / "config")
-    loaded = loading.load(
-        tmp_path / "config", candidate.checkpoint.directory, dtype="float32", device="cpu"
-    )
+    with packed_job(candidate) as job:
+        assert job["dtype"] == str(next(lab.speed_base.parameters()).dtype).split(".")[1]
+        loaded: Any = load_as_run(job, AutoConfig.from_pretrained(job["config"]))
+    expected = candidate.speed_model
+    kinds = {name: type(module) for name, module in expected.named_modules()}
+    for name in candidate.checkpoint.layers():
+        assert type(loaded.get_submodule(name)) is kinds[name], name
     ids = token_ids(16)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, candidate.model(ids).logits)
+        assert torch.equal(loaded(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.slow
@@ -107,7 +119,8 @@ def test_loads_happen_in_processes_of_their_own(
     stored = next(iter(lab.store.entries("loading")))
     answer = lab.store.peek("loading", stored)["warm"][0]
     ids = torch.tensor([text_tokens(lab, lab.model.fitting(128))])
-    assert answer["token"] == loading.generate_one(candidate.model, ids[:, :CONTEXT])
+    assert answer["token"] == loading.generate_one(candidate.speed_model, ids[:, :CONTEXT])
+    assert found.warm.convention == f"fresh process, {candidate.kernels}"
     assert len(answer["steady"]) == loading.STEADY
 
 

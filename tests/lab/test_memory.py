@@ -25,8 +25,8 @@ from pytest_qlab.kernels.real import KernelLinear, has_operator
 from pytest_qlab.lab import Lab
 from pytest_qlab.machine import peak_resident_bytes
 from pytest_qlab.measuring import runnable
-from pytest_qlab.measuring.alone import load_alone
-from pytest_qlab.measuring.generating import generate, load
+from pytest_qlab.measuring.alone import load_alone, load_as_run
+from pytest_qlab.measuring.generating import generate
 from pytest_qlab.metrics.memory import peak_temporary_bytes, resident_bytes
 from pytest_qlab.models.structure import all_linears
 from tests.architectures import ARCHITECTURES, VOCABULARY
@@ -193,7 +193,7 @@ def test_by_itself_it_runs_on_the_same_kernels(
     model, job = candidate.speed_model, job_of(candidate)
     for name in ("largest_error", "crossover", "slowdown"):
         monkeypatch.delattr(choose, name)
-    alone = load(job, lab.base_model.config)
+    alone = load_as_run(job, lab.base_model.config)
     ids = torch.tensor([list(lab.eval_data.windows[0].ids)])
     with torch.no_grad():
         assert torch.equal(alone(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -216,7 +216,7 @@ def test_layers_are_loaded_one_at_a_time(tmp_path: Path, method: str) -> None:
     lab = lab_of(tmp_path, 128, 256, 8)
     candidate, config = lab.candidate(method), lab.base_model.config
     job, kept = job_of(candidate), list[Any]()
-    peak = peak_temporary_bytes(lambda: kept.append(load(job, config)))
+    peak = peak_temporary_bytes(lambda: kept.append(load_as_run(job, config)))
     layer = 128 * 256
     both = {"none": 4 * layer, "rtn": 12 * layer}[method] + 2**14
     assert peak < resident_bytes(kept[0]) + both
