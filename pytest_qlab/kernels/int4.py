@@ -19,14 +19,18 @@ from pytest_qlab.kernels.real import CrossedLinear, has_operator
 
 GROUPS = (32, 64, 128, 256)
 MIDDLE = 8
-TILE_ELEMENTS = 2**19
-"""Weights that are dequantized at a time: 1 MiB in bfloat16, which stays in a core's cache."""
+PIECE_ELEMENTS = 2**19
+"""Weights that are packed at a time."""
+TILE_ROWS = 512
+"""Rows that are unpacked at a time, whole blocks; half of them are dequantized at a time.
+
+Fewer make the product slow. Bytes and weights take 4 bytes for each weight of the half: 4 MiB of
+4096 inputs.
+"""
 LAYOUTS = ((64, False), (32, False), (64, True), (32, True))
 """Rows in a block, and whether a byte holds neighbouring rows, not those half a block apart.
 
 Which one the operator uses depends on the processor, so it is found by trying."""
-_EXACT = 0x4300
-"""The bits of 128.0 in bfloat16, whose last 4 bits count in ones."""
 
 
 def pack_cpu(codes: Tensor) -> Tensor:
@@ -142,79 +146,75 @@ class Int4CpuLinear(Int4Linear):
     def dense_multiply(self, rows: Tensor) -> Tensor:
         rows = self._sorted(rows)
         product = rows.new_empty(len(rows), self.out_features)
-        for start, stop, block, neighbours in self._tiles():
-            tile = self._weights(start, stop, block, neighbours, rows.dtype)
-            product[:, start:stop] = _in_order(rows @ tile, block, neighbours)
+        for part, weights in self._parts(product, rows.dtype):
+            part.copy_((rows @ weights).view(part.shape))
         return product
 
     def dequantized(self) -> Tensor:
         weight = torch.empty(
             self.out_features, self.in_features, device=self.packed.device, dtype=torch.float32
         )
-        for start, stop, block, neighbours in self._tiles():
-            tile = self._weights(start, stop, block, neighbours, torch.float32)
-            weight[start:stop] = _in_order(tile, block, neighbours).t()
+        for part, weights in self._parts(weight.t(), torch.float32):
+            part.copy_(weights.view(part.shape))
         if self.columns is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.columns, weight)
         return weight
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """First row and end of what is packed at a time: whole blocks, and not much memory."""
-        step = self._whole_blocks(max(block for block, _ in LAYOUTS))
+        block = max(rows for rows, _ in LAYOUTS)
+        step = max(1, PIECE_ELEMENTS // (block * self.in_features)) * block
         for start in range(0, self.out_features, step):
             yield start, min(start + step, self.out_features)
-
-    def _whole_blocks(self, block: int) -> int:
-        """Rows of as many blocks as have `TILE_ELEMENTS` weights; at least of one."""
-        return max(1, TILE_ELEMENTS // (block * self.in_features)) * block
 
     def _tiles(self) -> Iterator[tuple[int, int, int, bool]]:
         """First row, end, rows of a block, and whether its bytes hold neighbours."""
         whole = self.out_features // self.block * self.block
-        step = self._whole_blocks(self.block)
-        for start in range(0, whole, step):
-            yield start, min(start + step, whole), self.block, self.neighbours
+        for start in range(0, whole, TILE_ROWS):
+            yield start, min(start + TILE_ROWS, whole), self.block, self.neighbours
         if whole < self.out_features:  # a shorter block is always in pairs
             yield whole, self.out_features, self.out_features - whole, True
 
     def _bytes(self, start: int, stop: int, block: int) -> Tensor:
-        """uint8 (blocks, n, block / 2)."""
-        return self.packed[start:stop].reshape(-1, self.in_features, block // 2)
+        """uint8 (n, blocks, block / 2)."""
+        return self.packed[start:stop].view(-1, self.in_features, block // 2).transpose(0, 1)
 
     def _codes(self, start: int, stop: int, block: int, neighbours: bool) -> Tensor:
         """uint8 (stop - start, n), columns sorted, if that is the layout."""
+        codes = torch.empty(stop - start, self.in_features, dtype=torch.uint8)
         whole = stop // block * block
-        parts = []
         for first, last, rows, pairs in (
             (start, whole, block, neighbours),
             (whole, stop, stop - whole, True),
         ):
             if first < last:
                 packed = self._bytes(first, last, rows)
-                tile = torch.cat([packed & 15, packed >> 4], -1).transpose(0, 1)
-                parts.append(_in_order(tile.reshape(self.in_features, -1), rows, pairs).t())
-        return torch.cat(parts)
+                ordered = _halves(codes[first - start : last - start].t(), rows, pairs)
+                ordered.copy_(torch.stack([packed & 15, packed >> 4], 1))
+        return codes
 
-    def _weights(
-        self, start: int, stop: int, block: int, neighbours: bool, dtype: torch.dtype
-    ) -> Tensor:
-        """Rows start..stop as (n, stop - start): low halves of a block's bytes before high ones.
+    def _parts(self, whole: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of whole (k, m), each with the weights (n, columns) that belong to it, transposed.
 
-        In bfloat16 from the bits: 128 + code is exact there, and cheaper to make than a conversion.
+        These are one half of a tile's bytes; the next ones overwrite them. With its top bit
+        flipped, a code in the upper half of a signed byte is 16 * (code - 8).
         """
-        packed = self._bytes(start, stop, block).transpose(0, 1)
-        bits = torch.empty(self.in_features, packed.shape[1], 2, block // 2, dtype=torch.int16)
-        bits[:, :, 0] = packed
-        torch.bitwise_right_shift(bits[:, :, 0], 4, out=bits[:, :, 1])
-        bits.bitwise_and_(15).bitwise_or_(_EXACT)
-        codes = bits.view(torch.bfloat16).sub_(128 + MIDDLE).to(dtype)
-        scales, shifts = (
-            _by_byte(each, block, neighbours).to(dtype)
-            for each in self.scales_and_shifts[:, start:stop].unbind(-1)
-        )
-        grouped = codes.view(-1, self.group, stop - start)
-        torch.addcmul(shifts.unsqueeze(1), grouped, scales.unsqueeze(1), out=grouped)
-        return grouped.view(self.in_features, -1)
+        space = torch.empty(self.in_features, min(TILE_ROWS, self.out_features) // 2, dtype=dtype)
+        for start, stop, block, neighbours in self._tiles():
+            signed = self._bytes(start, stop, block).reshape(self.in_features, -1) ^ 0x88
+            weights = space.view(-1)[: signed.numel()].view(signed.shape)
+            grouped = weights.view(-1, self.group, signed.shape[1])
+            scales, shifts = (
+                _halves(each, block, neighbours)
+                for each in self.scales_and_shifts[:, start:stop].contiguous().unbind(-1)
+            )
+            for half, part in enumerate(_halves(whole[:, start:stop], block, neighbours).unbind(1)):
+                weights.copy_((signed & 0xF0 if half else signed << 4).view(torch.int8))
+                scale, shift = (
+                    each[:, half].reshape(len(each), 1, -1).to(dtype) for each in (scales, shifts)
+                )
+                torch.addcmul(shift, grouped, scale / 16, out=grouped)
+                yield part, weights
 
 
 class Int4CudaLinear(Int4Linear):
@@ -278,17 +278,8 @@ def _device(source: PackedLinear) -> str:
     return source.device.type
 
 
-def _in_order(tile: Tensor, block: int, neighbours: bool) -> Tensor:
-    """(k, rows in the order of the bytes' halves) to (k, rows)."""
-    if not neighbours:
-        return tile
-    halves = tile.view(len(tile), -1, 2, block // 2)
-    return halves.transpose(-1, -2).reshape(len(tile), -1)
-
-
-def _by_byte(tile: Tensor, block: int, neighbours: bool) -> Tensor:
-    """The inverse of `_in_order`; contiguous."""
-    if not neighbours:
-        return tile.contiguous()
-    pairs = tile.reshape(len(tile), -1, block // 2, 2)
-    return pairs.transpose(-1, -2).reshape(len(tile), -1)
+def _halves(tile: Tensor, block: int, neighbours: bool) -> Tensor:
+    """A view of (k, rows) as (k, 2, blocks, block / 2): rows in low halves of bytes, then high."""
+    if neighbours:
+        return torch.unflatten(tile, 1, (-1, block // 2, 2)).permute(0, 3, 1, 2)
+    return torch.unflatten(tile, 1, (-1, 2, block // 2)).transpose(1, 2)

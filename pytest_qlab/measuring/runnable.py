@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.checkpoint import Checkpoint
 
-KERNELS_VERSION = 3
+KERNELS_VERSION = 4
 
 
 @dataclass(frozen=True)

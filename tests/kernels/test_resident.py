@@ -158,4 +158,16 @@ def test_packing_int4_takes_little_memory(scattered: bool) -> None:
     source = int4_layer(4096, 2048, scattered=scattered)
     kept: list[nn.Module] = []
     peak = peak_temporary_bytes(lambda: kept.append(Int4CpuLinear(source)))
-    assert peak < resident_bytes(kept[0]) + 16 * int4.TILE_ELEMENTS < 4096 * 2048 * 2
+    assert peak < resident_bytes(kept[0]) + 16 * int4.PIECE_ELEMENTS < 4096 * 2048 * 2
+
+
+@pytest.mark.parametrize("rows", [64, 512])
+def test_tiles_of_int4_take_little_memory(rows: int) -> None:
+    """Half a tile in bfloat16, all its codes, of the half once more, its product, and scales."""
+    m, n = 4096, 2048
+    layer, x = Int4CpuLinear(int4_layer(m, n)), torch.zeros(rows, n, dtype=torch.bfloat16)
+    peak = peak_temporary_bytes(lambda: layer.dense_multiply(x))
+    half = int4.TILE_ROWS // 2
+    product = rows * m * 2
+    tile = half * (n * (2 + 1 + 1) + rows * 2)
+    assert product + half * n * (2 + 1) < peak < product + 1.5 * tile < product + m * n
