@@ -72,7 +72,7 @@ def test_latency_is_paired_kept_and_named(tmp_path: Path) -> None:
     assert found.ratio > 0
     assert found.ratio.floor is not None
     assert "the base model beside itself" in found.ratio.detail
-    with pytest.raises(MetricError, match=r"299 samples.*simulations are not timed for long"):
+    with pytest.raises(MetricError, match="299 samples.*simulations are not timed for long"):
         found.p99  # noqa: B018
     with pytest.raises(MetricError, match="29 samples"):
         found.p90  # noqa: B018
