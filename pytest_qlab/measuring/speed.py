@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from pytest_qlab.engines.base import Engine
     from pytest_qlab.lab import Lab
 
-ROUNDS, MOST_SECONDS = 400, 15.0
-"""Of a candidate whose bits run: enough for p99."""
-ROUGH_ROUNDS, ROUGH_SECONDS = 100, 5.0
-"""Of what is no claim on its own: the base model beside itself, and simulations."""
+ROUNDS = 400
+MOST_SECONDS = 15.0
+FLOOR_ROUNDS = 100
+FLOOR_SECONDS = 5.0
 COPIED_BYTES = 2**31
 THREADS = 1
 LATENCY_VERSION = 5
@@ -177,8 +177,7 @@ def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLaten
         MetricError: the model cannot do what the phase asks for.
     """
     lab = candidate.lab
-    simulated = candidate.kernels.simulated
-    rounds, most_seconds = (ROUGH_ROUNDS, ROUGH_SECONDS) if simulated else (ROUNDS, MOST_SECONDS)
+    simulated = bool(candidate.kernels.wanted)
     parts = {"quantized": lab.quantized_identity(candidate.method), **_conditions(lab, phase)}
 
     def compute() -> dict[str, Any]:
@@ -189,10 +188,10 @@ def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLaten
             found = measure_pair(
                 base.run,
                 call.run,
-                rounds=rounds,
+                rounds=ROUNDS,
                 threads=THREADS,
                 clocks=clocks,
-                max_seconds=most_seconds,
+                max_seconds=MOST_SECONDS,
                 candidate_id=candidate.id,
                 convention=_convention(lab, ids, phase),
                 simulated=simulated,
@@ -225,9 +224,9 @@ def _floor(lab: Lab, phase: Phase) -> tuple[float | None, str]:
             found = measure_pair(
                 first.run,
                 second.run,
-                rounds=ROUGH_ROUNDS,
+                rounds=FLOOR_ROUNDS,
                 threads=THREADS,
-                max_seconds=ROUGH_SECONDS,
+                max_seconds=FLOOR_SECONDS,
                 convention=_convention(lab, ids, phase),
                 phase=phase.prefix,
                 between=lambda: (first.prepare(), second.prepare()),

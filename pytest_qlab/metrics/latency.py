@@ -206,7 +206,6 @@ class PairedLatency:
             return None, (
                 f"{name} needs at least {needed} samples to be bounded from above at 95 %; there "
                 f"are {len(seconds)}"
-                + (", because simulations are not timed for long" if simulated else "")
             )
         confidence = 0.95
         tail = sample_quantile(seconds, quantile, confidence)

@@ -127,7 +127,7 @@ def test_what_is_timed_is_waited_for(
             call.run()
             assert cuda.synchronized == before + 1
     monkeypatch.setattr(speed, "ROUNDS", 4)
-    monkeypatch.setattr(speed, "ROUGH_ROUNDS", 4)
+    monkeypatch.setattr(speed, "FLOOR_ROUNDS", 4)
     monkeypatch.setattr(latency, "QUIET_CPU_SHARE", 0.0)
     before = cuda.synchronized
     assert candidate.latency.p50 > 0
