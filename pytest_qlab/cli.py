@@ -24,7 +24,7 @@ from pytest_qlab.report.terminal import render_terminal
 from pytest_qlab.results import Results, merge_results
 
 OK, FAILED, USAGE = 0, 1, 2
-SPARE_PROMPTS = 2000
+SPARE_PROMPTS = 20_000
 """Beside one for each request that counts: for those before, and what an open loop sends after."""
 FORMATS: dict[str, Callable[[Results], str]] = {
     "csv": render_csv,

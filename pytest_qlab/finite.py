@@ -16,5 +16,7 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not tensor.numel():
         return True
+    if tensor.itemsize == 1:  # floats of 8 bits, which have no extremes in torch
+        tensor = tensor.float()
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())

@@ -79,8 +79,8 @@ class LayerStatistics:
     def _ranges(self) -> ChannelRange:
         if self.channels is None:
             raise MethodError(
-                "The minimum, maximum and mean_abs of input channels were not collected: the "
-                'method asks for the Gram matrix alone. Add "channels" to its `needs`.'
+                "The minimum, maximum and mean_abs of input channels were not collected. A method "
+                'that reads them has "channels" in its `needs`.'
             )
         return self.channels
 
@@ -175,6 +175,8 @@ class Accumulator:
 
     def merge(self, other: Accumulator) -> None:
         """Add everything that `other`, of the same kind, has seen."""
+        if (self._channels is None) != (other._channels is None):
+            raise ValueError("only one of the two follows channels")
         if not other._tokens:
             return
         self._tokens += other._tokens

@@ -15,6 +15,7 @@ from pytest_qlab.engines.continuous_batching import continuous_batching
 from pytest_qlab.errors import MetricError, NotMeasuredError
 from pytest_qlab.estimate import Estimate
 from pytest_qlab.measuring.claims import refuse_engine, refuse_simulated
+from pytest_qlab.measuring.runnable import kernels_key
 from pytest_qlab.measuring.speed import alone, clocks_with, conditions, text_tokens
 from pytest_qlab.measuring.speed import prompt as first_tokens
 from pytest_qlab.metrics.latency import Clocks
@@ -156,7 +157,14 @@ def measure_throughput(candidate: Candidate) -> Throughput:
     lab = candidate.lab
     prompt, tokens = _lengths(lab, PROMPT_TOKENS, NEW_TOKENS)
     quantized = lab.quantized_identity(candidate.method)
-    parts = conditions(lab, THROUGHPUT_VERSION, quantized=quantized, prompt=prompt, tokens=tokens)
+    parts = conditions(
+        lab,
+        THROUGHPUT_VERSION,
+        quantized=quantized,
+        kernels=kernels_key(candidate),
+        prompt=prompt,
+        tokens=tokens,
+    )
 
     def compute() -> dict[str, Any]:
         ids = first_tokens(lab, prompt)
@@ -214,6 +222,7 @@ def measure_serving(
         lab,
         SERVING_VERSION,
         quantized=lab.quantized_identity(candidate.method),
+        kernels=kernels_key(candidate),
         load=load.name,
         prompt=prompt,
         tokens=tokens,

@@ -18,10 +18,9 @@ from pytest_qlab.measuring.child import answer_of_child
 from pytest_qlab.measuring.claims import has_engine, refuse_simulated
 from pytest_qlab.measuring.loading import STEADY
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
-from pytest_qlab.measuring.runnable import packed_job
+from pytest_qlab.measuring.runnable import kernels_key, packed_job, speed_dtype_name
 from pytest_qlab.measuring.speed import THREADS, alone, conditions, text_tokens
 from pytest_qlab.stats.intervals import MEDIAN_SAMPLES, sample_quantile
-from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from pytest_qlab.candidate import Candidate
@@ -77,8 +76,7 @@ def measure_loading(candidate: Candidate) -> Loading:
     simulated = refuse_simulated(candidate, "The load time")
     lab = candidate.lab
     quantized = lab.quantized_identity(candidate.method)
-    kernels = content_hash(candidate.kernels.to_dict())
-    parts = conditions(lab, LOADING_VERSION, quantized=quantized, kernels=kernels)
+    parts = conditions(lab, LOADING_VERSION, quantized=quantized, kernels=kernels_key(candidate))
 
     def compute() -> dict[str, Any]:
         # What is mapped here would stay in memory there.
@@ -92,7 +90,7 @@ def measure_loading(candidate: Candidate) -> Loading:
     fields = {
         "candidate": candidate.id,
         "unit": "s",
-        "convention": f"fresh process, {candidate.kernels}",
+        "convention": f"fresh process, {_runs(candidate)}",
         "simulated": simulated,
     }
     found: dict[str, Estimate] = {}
@@ -109,6 +107,12 @@ def measure_loading(candidate: Candidate) -> Loading:
         fields,
     )
     return Loading(found, stored["reason"])
+
+
+def _runs(candidate: Candidate) -> str:
+    """What is loaded, in words."""
+    kernels = str(candidate.kernels)
+    return kernels if has_engine(candidate) else f"{speed_dtype_name(candidate.lab)}, {kernels}"
 
 
 def _median(metric: str, samples: list[float], what: str, fields: dict[str, Any]) -> Estimate:

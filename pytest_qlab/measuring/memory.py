@@ -16,6 +16,7 @@ from pytest_qlab.measuring.runnable import (
     KernelUse,
     dtype_name,
     kernel_use_parts,
+    kernels_key,
     packed_job,
 )
 from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
@@ -25,7 +26,6 @@ from pytest_qlab.metrics.memory import (
     peak_temporary_bytes,
     resident_bytes,
 )
-from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +151,7 @@ def _parts(candidate: Candidate, code: int, **more: Any) -> dict[str, Any]:
     """What determines the memory: the kernels with their crossovers, which were found by timing."""
     return {
         **kernel_use_parts(candidate),
-        "kernels": content_hash(candidate.kernels.to_dict()),
+        "kernels": kernels_key(candidate),
         "evaluation": candidate.lab.evaluation.identity,
         "code": code,
         **more,

@@ -6,6 +6,7 @@ question, what they say is another.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import nn
 
 from pytest_qlab.checkpoint import (
     instantiate,
@@ -24,13 +26,15 @@ from pytest_qlab.checkpoint import (
 from pytest_qlab.kernels.choose import LayerKernel, build, choose
 from pytest_qlab.kernels.real import CrossedLinear, has_operator
 from pytest_qlab.machine import processor_of
+from pytest_qlab.measuring.alone import load_alone
 from pytest_qlab.models.load import DTYPES
+from pytest_qlab.store import content_hash
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pytest_qlab.candidate import Candidate
     from pytest_qlab.checkpoint import Checkpoint
+    from pytest_qlab.kernels.linear import PackedLinear
+    from pytest_qlab.lab import Lab
 
 KERNELS_VERSION = 4
 
@@ -105,6 +109,15 @@ def speed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def _dtype_of_speed(lab: Lab) -> torch.dtype:
+    return speed_dtype(DTYPES[lab.model.dtype], torch.device(lab.model.device))
+
+
+def speed_dtype_name(lab: Lab) -> str:
+    """What speed is measured in, such as `bfloat16`, without a model."""
+    return _name(_dtype_of_speed(lab))
+
+
 def speed_base(base: Any) -> Any:
     """The base model as its speed is measured: itself, or a copy in `speed_dtype`."""
     first = next(base.parameters())
@@ -117,10 +130,10 @@ def copy_in(base: Any, dtype: torch.dtype) -> Any:
 
     Buffers, such as rotary frequencies, stay as exact as they are.
     """
-    copy = structural_copy(base)
+    model = structural_copy(base)
     for name, parameter in base.named_parameters():
-        replace_parameter(copy, name, parameter.detach().to(dtype))
-    return copy.eval()
+        replace_parameter(model, name, parameter.detach().to(dtype))
+    return model.eval()
 
 
 def dtype_name(model: Any) -> str:
@@ -159,6 +172,19 @@ def _chosen_anew(candidate: Candidate) -> Runnable:
     return Runnable(model, use_kernels(model))
 
 
+def _chosen_alone(candidate: Candidate) -> KernelUse:
+    """The same choice without the base model, and with one packed layer in memory at a time."""
+    choices, lab = Choices(), candidate.lab
+
+    def forgotten(name: str, layer: Any) -> nn.Module:
+        choices.choose(name, layer)
+        return nn.Identity()
+
+    config, dtype = copy.deepcopy(lab.described.model.config), _dtype_of_speed(lab)
+    load_alone(candidate.checkpoint, config, dtype, device=lab.model.device, chosen=forgotten)
+    return choices.use
+
+
 def speed_model(candidate: Candidate) -> Any:
     """The candidate's model as its speed is measured; made once and kept by the candidate."""
     return candidate.speed_model
@@ -174,6 +200,11 @@ def kernel_use_parts(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def kernels_key(candidate: Candidate) -> str:
+    """Different for everything that runs a candidate's layers in another way."""
+    return content_hash([KERNELS_VERSION, candidate.kernels.to_dict()])
+
+
 def kernel_use(candidate: Candidate) -> KernelUse:
     """What runs the candidate's layers on this machine.
 
@@ -182,9 +213,13 @@ def kernel_use(candidate: Candidate) -> KernelUse:
     """
     if not candidate.checkpoint.simulated:
         return KernelUse.of_checkpoint(candidate.checkpoint)
-    stored = candidate.lab.store.json(
-        "kernels", kernel_use_parts(candidate), lambda: _chosen_anew(candidate).kernels.to_dict()
-    )
+
+    def chosen() -> dict[str, Any]:
+        if candidate.lab.streams:
+            return _chosen_alone(candidate).to_dict()
+        return _chosen_anew(candidate).kernels.to_dict()
+
+    stored = candidate.lab.store.json("kernels", kernel_use_parts(candidate), chosen)
     return KernelUse.from_dict(stored)
 
 
@@ -206,10 +241,49 @@ def packed_job(candidate: Candidate) -> Iterator[dict[str, Any]]:
         yield {
             "checkpoint": str(candidate.checkpoint.directory),
             "config": directory,
-            "dtype": _name(speed_dtype(DTYPES[lab.model.dtype], torch.device(lab.model.device))),
+            "dtype": speed_dtype_name(lab),
             "device": lab.model.device,
             "layers": {name: asdict(each) for name, each in layers.items()},
         }
+
+
+class Choices:
+    """What is chosen for layers, one after the other."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, LayerKernel] = {}
+        self._reasons: Counter[str] = Counter()
+        self._wanted: set[str] = set()
+        self._rounding, self._most_rows = 0.0, dict[str, int]()
+
+    def choose(self, name: str, source: PackedLinear) -> nn.Module:
+        """The best module for a packed linear layer.
+
+        Raises:
+            CorruptEntryError: its weight is not finite.
+        """
+        choice = choose(source, name)
+        self._layers[name] = choice.layer_kernel
+        self._rounding = max(self._rounding, choice.rounding)
+        if choice.reason:
+            self._reasons[choice.reason] += 1
+            self._wanted.add(source.wanted_kernel)
+        if isinstance(choice.module, CrossedLinear):
+            shape = f"{source.out_features}x{source.in_features}"
+            self._most_rows[f"{choice.module.kernel} {shape}"] = choice.module.most_rows
+        return choice.module
+
+    @property
+    def use(self) -> KernelUse:
+        """All that was chosen."""
+        return KernelUse(
+            dict(Counter(each.kernel for each in self._layers.values())),
+            tuple(sorted(self._wanted)),
+            dict(self._reasons),
+            self._rounding,
+            self._most_rows,
+            self._layers,
+        )
 
 
 def use_kernels(model: nn.Module) -> KernelUse:
@@ -218,26 +292,11 @@ def use_kernels(model: nn.Module) -> KernelUse:
     Raises:
         CorruptEntryError: a packed weight is not finite.
     """
-    layers: dict[str, LayerKernel] = {}
-    reasons: Counter[str] = Counter()
-    wanted: set[str] = set()
-    rounding, most_rows = 0.0, dict[str, int]()
+    choices = Choices()
     for name in packed_linears(model):
-        module: Any = model.get_submodule(name)
-        choice = choose(module, name)
-        model.set_submodule(name, choice.module)
-        layers[name] = choice.layer_kernel
-        rounding = max(rounding, choice.rounding)
-        if choice.reason:
-            reasons[choice.reason] += 1
-            wanted.add(module.wanted_kernel)
-        if isinstance(choice.module, CrossedLinear):
-            shape = f"{module.out_features}x{module.in_features}"
-            most_rows[f"{choice.module.kernel} {shape}"] = choice.module.most_rows
-    counts = Counter(each.kernel for each in layers.values())
-    return KernelUse(
-        dict(counts), tuple(sorted(wanted)), dict(reasons), rounding, most_rows, layers
-    )
+        source: Any = model.get_submodule(name)
+        model.set_submodule(name, choices.choose(name, source))
+    return choices.use
 
 
 def place_kernels(model: nn.Module, layers: Mapping[str, LayerKernel]) -> None:

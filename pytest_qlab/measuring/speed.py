@@ -18,7 +18,7 @@ from pytest_qlab.errors import NotMeasuredError
 from pytest_qlab.kernels.packed import PackedModule, set_materialized
 from pytest_qlab.machine import processor_of
 from pytest_qlab.measuring.decoding import Decoding
-from pytest_qlab.measuring.runnable import dtype_name
+from pytest_qlab.measuring.runnable import dtype_name, kernels_key
 from pytest_qlab.metrics.latency import Clocks, PairedLatency, measure_pair
 from pytest_qlab.metrics.memory import resident_bytes
 
@@ -178,7 +178,11 @@ def measure_latency(candidate: Candidate, phase: Phase = PREFILL) -> PairedLaten
     """
     lab = candidate.lab
     simulated = bool(candidate.kernels.wanted)
-    parts = {"quantized": lab.quantized_identity(candidate.method), **_conditions(lab, phase)}
+    parts = {
+        "quantized": lab.quantized_identity(candidate.method),
+        "kernels": kernels_key(candidate),
+        **_conditions(lab, phase),
+    }
 
     def compute() -> dict[str, Any]:
         ids = _phase_ids(lab, phase)
@@ -250,6 +254,7 @@ def conditions(lab: Lab, code: int, **more: Any) -> dict[str, Any]:
     return {
         "evaluation": lab.evaluation.identity,
         "processor": processor_of(lab.model.device),
+        "torch": torch.__version__,
         "cores": os.cpu_count(),
         "threads": THREADS,
         "code": code,

@@ -71,7 +71,9 @@ class Awq(Method):
                 continue
             weight = layer.site.weight()
             check_weight(weight, layer.name)
-            known = check_statistics(layer.statistics, weight, layer.name, self.name, gram=True)
+            known = check_statistics(
+                layer.statistics, weight, layer.name, self.name, gram=True, channels=True
+            )
             if known.tokens and known.gram is not None:
                 weights.append(weight)
                 grams.append(known.gram)

@@ -90,6 +90,7 @@ def check_statistics(
     method: str,
     *,
     gram: bool,
+    channels: bool = False,
     fisher: bool = False,
 ) -> LayerStatistics:
     """The calibration statistics, which must be there, fit the weight and be finite.
@@ -101,9 +102,11 @@ def check_statistics(
     if (
         statistics is None
         or (gram and statistics.gram is None)
+        or (channels and statistics.channels is None)
         or (fisher and statistics.fisher is None)
     ):
-        what = "the Gram matrix of the inputs" if gram else "the range of the inputs"
+        missing = gram and (statistics is None or statistics.gram is None)
+        what = "the Gram matrix of the inputs" if missing else "the range of the inputs"
         what = "the squared gradients of the loss" if fisher else what
         raise MethodError(
             f"The method {method!r} needs {what} of {layer}, which calibration did not collect. "

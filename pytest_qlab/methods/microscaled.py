@@ -82,6 +82,6 @@ class Nvfp4(Method):
         packed = round_nearest(weight, float4.Nvfp4(self.four_over_six))
         if not self.activations:
             return QuantizedLayer(packed)
-        known = check_statistics(statistics, weight, name, self.name, gram=False)
+        known = check_statistics(statistics, weight, name, self.name, gram=False, channels=True)
         largest = torch.maximum(-known.minimum, known.maximum).max()
         return QuantizedLayer(packed, PerBlockNvfp4.from_largest(float(largest)))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pytest_qlab.calibration.sources import StatisticsSource
+    from pytest_qlab.calibration.statistics import LayerStatistics
     from pytest_qlab.methods.base import QuantizedLayer
 
 TRACE_TOKENS = 64
@@ -259,7 +260,7 @@ class Pass:
             weights = {layer.name: layer.site.weight() for layer in shared}
             for name, weight in weights.items():
                 check_weight(weight, name)
-            return self.assigned[shared[0].name].quantize_shared(weights, shared[0].statistics)
+            return self.assigned[shared[0].name].quantize_shared(weights, self._told(shared[0]))
 
         tasks = list(together.values())
         found = {
@@ -269,6 +270,13 @@ class Pass:
         }
         for layer in layers:
             self._keep(layer, found[layer.name])
+
+    def _told(self, layer: LayerContext) -> LayerStatistics | None:
+        """What is known of a layer's inputs, and the method asks for, whoever else has."""
+        known = layer.statistics
+        if known is None or follows_channels(self.method.wanted_statistics):
+            return known
+        return replace(known, channels=None)
 
     def _keep(self, layer: LayerContext, quantized: QuantizedLayer) -> None:
         self.result.layers[layer.name] = quantized

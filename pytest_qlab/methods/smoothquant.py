@@ -70,7 +70,9 @@ class Smooth(Preprocessing):
         for layer in fold.layers:
             weight = layer.site.weight()
             check_weight(weight, layer.name)
-            known = check_statistics(layer.statistics, weight, layer.name, self.name, gram=False)
+            known = check_statistics(
+                layer.statistics, weight, layer.name, self.name, gram=False, channels=True
+            )
             weights.append(weight)
             if known.tokens:
                 largest.append(torch.maximum(known.maximum, -known.minimum))

@@ -45,7 +45,7 @@ class Static(Method):
         from pytest_qlab.solvers.grid import GridRule, round_to_nearest
 
         check_weight(weight, name)
-        known = check_statistics(statistics, weight, name, self.name, gram=False)
+        known = check_statistics(statistics, weight, name, self.name, gram=False, channels=True)
         packed = round_to_nearest(weight, GridRule(self.bits, symmetric=True), -1).pack()
         activation: ActivationQuantizer = PerTokenSymmetric(self.activation_bits)
         if known.tokens:

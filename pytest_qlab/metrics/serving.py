@@ -159,13 +159,16 @@ class ServingRun:
 
     @property
     def cached_share(self) -> float | None:
-        """Of the prompts' tokens, the share that the server says it had in a cache of prefixes."""
-        told = [
-            (each.cached_tokens, each.prompt_tokens)
-            for each in self.measured
-            if each.cached_tokens is not None and each.prompt_tokens
-        ]
-        return sum(c for c, _ in told) / sum(n for _, n in told) if told else None
+        """Of the prompts' tokens, the share that the server says it had in a cache of prefixes.
+
+        None if it says so of no reply; of a reply that had none, some servers say nothing.
+        """
+        known = [each for each in self.measured if each.prompt_tokens]
+        if all(each.cached_tokens is None for each in known):
+            return None
+        return sum(each.cached_tokens or 0 for each in known) / sum(
+            each.prompt_tokens or 0 for each in known
+        )
 
     def ttft(self) -> list[float]:
         """Seconds to the first token, of each reply."""

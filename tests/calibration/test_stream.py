@@ -156,8 +156,10 @@ def test_the_gram_matrix_alone_says_what_channels_sum_up_to_and_no_more() -> Non
     for known in (found, scaled, LayerStatistics.from_tensors(found.tensors())):
         assert known.channels is None
         for name in ("minimum", "maximum", "mean_abs"):
-            with pytest.raises(MethodError, match='Add "channels" to its `needs`'):
+            with pytest.raises(MethodError, match='has "channels" in its `needs`'):
                 getattr(known, name)
+    with pytest.raises(ValueError, match="only one of the two"):
+        alone.merge(both)
     with pytest.raises(ValueError, match="nothing to add up"):
         Accumulator(6, gram=False, channels=False)
 

@@ -33,5 +33,14 @@ def test_one_bad_number_is_found_wherever_it_is(bad: float, dtype: torch.dtype) 
         assert not is_finite(broken.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits(dtype: torch.dtype) -> None:
+    plain = torch.linspace(-3, 3, 67).to(dtype)
+    assert is_finite(plain)
+    broken = plain.float()
+    broken[40] = float("nan")
+    assert not is_finite(broken.to(dtype))
+
+
 def test_nothing_is_finite() -> None:
     assert is_finite(torch.zeros(0, 4))

@@ -27,6 +27,7 @@ from pytest_qlab.machine import peak_resident_bytes
 from pytest_qlab.measuring import runnable
 from pytest_qlab.measuring.alone import load_alone, load_as_run
 from pytest_qlab.measuring.generating import generate
+from pytest_qlab.measuring.runnable import packed_job
 from pytest_qlab.metrics.memory import peak_temporary_bytes, resident_bytes
 from pytest_qlab.models.structure import all_linears
 from tests.architectures import ARCHITECTURES, VOCABULARY
@@ -163,13 +164,9 @@ def test_a_packed_model_loads_without_its_base_model(
 
 
 def job_of(candidate: Candidate) -> dict[str, Any]:
-    """What the process of `memory.rss_peak` is told of a model and its kernels."""
-    return {
-        "checkpoint": str(candidate.checkpoint.directory),
-        "dtype": "bfloat16",
-        "device": "cpu",
-        "layers": candidate.kernels.to_dict()["layers"],
-    }
+    """What the process of `memory.rss_peak` is told, but for the configuration, which is gone."""
+    with packed_job(candidate) as job:
+        return job
 
 
 @needs_kernels

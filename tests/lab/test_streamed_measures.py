@@ -17,7 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from pytest_qlab import Lab
 from pytest_qlab.checkpoint import Checkpoint, instantiate, open_checkpoint, save_checkpoint
 from pytest_qlab.errors import MetricError, ModelError
+from pytest_qlab.kernels import choose
 from pytest_qlab.kernels.packed import PackedModule, set_materialized
+from pytest_qlab.measuring import loadtimes
 from pytest_qlab.measuring.parts import PackedParts
 from pytest_qlab.methods.pipeline import quantize_model
 from pytest_qlab.specs import parse_specs
@@ -308,3 +310,29 @@ def test_facts_are_those_of_the_loaded_model(tmp_path: Path) -> None:
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] == sum(each.numel() for each in loaded.parameters())
     assert facts["bytes"] == sum(each.nbytes for each in loaded.parameters())
+
+
+@pytest.mark.parametrize("spec", ["none", "rtn", "dynamic"])
+@pytest.mark.parametrize("architecture", FEW)
+def test_loads_are_of_the_kernels_that_would_be_chosen_in_memory(
+    architecture: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def answer(candidate: str, job: dict[str, Any]) -> dict[str, Any]:
+        jobs.append(job)
+        return {"load": 1.0, "first": 0.1, "steady": [0.01], "token": 1}
+
+    monkeypatch.setattr(loadtimes, "_loaded", answer)
+    monkeypatch.setattr(choose, "crossover", lambda module: 8)  # found by timing
+    model = saved_tiny_model(tmp_path, architecture)
+    whole, streamed = (lab(model, tmp_path / each, stream=each) for each in ("never", "always"))
+    candidates = [each.candidate(spec) for each in (whole, streamed)]
+    expected, found = (candidate.load.warm for candidate in candidates)
+    assert found.convention == expected.convention
+    assert found.simulated == expected.simulated
+    assert candidates[0].kernels == candidates[1].kernels
+    assert [jobs[0][key] for key in ("dtype", "layers")] == [
+        jobs[-1][key] for key in ("dtype", "layers")
+    ]
+    assert not streamed.model.is_loaded

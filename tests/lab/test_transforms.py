@@ -47,14 +47,10 @@ class MovedStream(Moved):
 
 
 class Listening(Rtn):
-    """Writes down what it is told of the outputs of quantized blocks."""
+    """Writes down what it is told."""
 
     name: ClassVar[str] = "listening"
     told: ClassVar[list[LayerStatistics]] = []
-
-    @property
-    def stream(self) -> Stream:
-        return "quantized"
 
     def quantize(
         self, weight: Tensor, statistics: LayerStatistics | None, *, name: str = ""
@@ -74,18 +70,24 @@ class Listening(Rtn):
         ({"fisher", "gram"}, True, True),
     ],
 )
-def test_a_method_is_told_what_it_needs_of_quantized_blocks(
-    needs: set[Statistic], gram: bool, channels: bool, tmp_path: Path
+@pytest.mark.parametrize("where", ["original", "quantized"])
+def test_a_method_is_told_what_it_needs(
+    where: Stream, needs: set[Statistic], gram: bool, channels: bool, tmp_path: Path
 ) -> None:
     class Mine(Listening):
         needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+        @property
+        def stream(self) -> Stream:
+            return where
 
     Mine.needs, Mine.told = frozenset(needs), []
     lab = tiny_lab(tmp_path)
     layers = lab.checkpoint(Mine()).layers()
     assert len(Mine.told) == len(layers)
     for known in Mine.told:
-        assert (known.gram is not None, known.channels is not None) == (gram, channels)
+        assert known.gram is not None or not gram
+        assert (known.channels is not None) == channels
         assert (known.fisher is not None) == ("fisher" in needs)
         if channels:
             assert bool((known.maximum >= known.minimum).all())

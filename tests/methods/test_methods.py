@@ -224,6 +224,12 @@ def test_gptq_and_awq_need_the_gram_matrix() -> None:
             method.quantize(weight, replace(statistics, gram=None))
 
 
+def test_what_reads_ranges_of_channels_needs_them() -> None:
+    weight, statistics = layer()
+    with pytest.raises(MethodError, match="'static' needs the range of the inputs of up_proj"):
+        Static().quantize(weight, replace(statistics, channels=None), name="up_proj")
+
+
 def test_a_gram_matrix_that_cannot_be_factored_names_the_layer() -> None:
     weight, statistics = layer()
     broken = replace(statistics, gram=-torch.eye(64))
