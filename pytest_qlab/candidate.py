@@ -25,7 +25,8 @@ from pytest_qlab.measuring.named import defined, named_measure
 from pytest_qlab.measuring.row import row_of
 from pytest_qlab.measuring.runnable import KernelUse, Runnable, kernel_use, runnable
 from pytest_qlab.measuring.stored import StoredEvaluation
-from pytest_qlab.metrics.fidelity import Fidelity, KlEstimates
+from pytest_qlab.metrics.fidelity import Fidelity
+from pytest_qlab.metrics.kl import KlEstimates
 from pytest_qlab.metrics.serving import Limits, Load, Serving
 from pytest_qlab.results import CandidateResult
 

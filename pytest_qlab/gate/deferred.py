@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pytest_qlab.decision import Decision, Look, Side, decide
 from pytest_qlab.estimate import Estimate
-from pytest_qlab.metrics.fidelity import KlEstimates
+from pytest_qlab.metrics.kl import KlEstimates
 
 # Looked up on the type by Python, so that `__getattr__` does not do.
 _OPERATORS = (

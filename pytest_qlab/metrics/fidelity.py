@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -19,26 +19,13 @@ from torch import Tensor
 
 from pytest_qlab.errors import MetricError, did_you_mean
 from pytest_qlab.estimate import Estimate
+from pytest_qlab.metrics.kl import KlEstimates
 from pytest_qlab.metrics.spreads import MEANS, Spreads
 from pytest_qlab.metrics.tokens import TAIL_NATS, TokenArrays
 from pytest_qlab.stats.paired import Spread, log_ratio, mean_influence, spread
 
 SNR_CAP_DB = 200.0
 """What the SNR of an exact copy is reported as; no SNR is more, nor less than its negative."""
-
-
-@dataclass(frozen=True)
-class KlEstimates:
-    """KL(base || candidate) over scored tokens, nats; `max` has no interval.
-
-    `tail` is the share of tokens above 1 nat.
-    """
-
-    mean: Estimate
-    median: Estimate
-    p99: Estimate
-    max: Estimate
-    tail: Estimate
 
 
 class Fidelity:

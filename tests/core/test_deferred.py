@@ -8,6 +8,8 @@ import math
 import operator
 import pickle
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -283,3 +285,8 @@ def test_the_group_of_kl_shows_itself_without_computing() -> None:
     group = DeferredKl(mean=each, median=each, p99=each, max=each, tail=each)
     assert repr(group) == "<KL of c>"
     assert counted.computed == []
+
+
+def test_they_can_be_made_without_torch() -> None:
+    code = "import sys, pytest_qlab.gate.deferred; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
