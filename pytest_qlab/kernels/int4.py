@@ -21,11 +21,11 @@ GROUPS = (32, 64, 128, 256)
 MIDDLE = 8
 PIECE_ELEMENTS = 2**19
 """Weights that are packed at a time."""
-TILE_ROWS = 512
-"""Rows that are unpacked at a time, whole blocks; half of them are dequantized at a time.
+TILE_ROWS, TILE_ELEMENTS = 512, 2**21
+"""Rows that are dequantized at a time: so many, or all that have so many weights, if more.
 
-Fewer make the product slow. Bytes and weights take 4 bytes for each weight of the half: 4 MiB of
-4096 inputs.
+Fewer make the product slow, and small layers wait for operations to start. Codes, bytes and
+bfloat16 take 3.5 bytes for each weight.
 """
 LAYOUTS = ((64, False), (32, False), (64, True), (32, True))
 """Rows in a block, and whether a byte holds neighbouring rows, not those half a block apart.
@@ -167,11 +167,17 @@ class Int4CpuLinear(Int4Linear):
         for start in range(0, self.out_features, step):
             yield start, min(start + step, self.out_features)
 
+    @property
+    def _tile_rows(self) -> int:
+        """Rows of a tile: whole blocks."""
+        block = max(rows for rows, _ in LAYOUTS)
+        return max(TILE_ROWS, TILE_ELEMENTS // self.in_features // block * block)
+
     def _tiles(self) -> Iterator[tuple[int, int, int, bool]]:
         """First row, end, rows of a block, and whether its bytes hold neighbours."""
         whole = self.out_features // self.block * self.block
-        for start in range(0, whole, TILE_ROWS):
-            yield start, min(start + TILE_ROWS, whole), self.block, self.neighbours
+        for start in range(0, whole, self._tile_rows):
+            yield start, min(start + self._tile_rows, whole), self.block, self.neighbours
         if whole < self.out_features:  # a shorter block is always in pairs
             yield whole, self.out_features, self.out_features - whole, True
 
@@ -196,25 +202,24 @@ class Int4CpuLinear(Int4Linear):
     def _parts(self, whole: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of whole (k, m), each with the weights (n, columns) that belong to it, transposed.
 
-        These are one half of a tile's bytes; the next ones overwrite them. With its top bit
-        flipped, a code in the upper half of a signed byte is 16 * (code - 8).
+        They are a tile's, and the next ones overwrite them. With its top bit flipped, a code in the
+        upper half of a signed byte is 16 * (code - 8).
         """
-        space = torch.empty(self.in_features, min(TILE_ROWS, self.out_features) // 2, dtype=dtype)
+        most = min(self._tile_rows, self.out_features)
+        space = torch.empty(self.in_features * most, dtype=dtype)
         for start, stop, block, neighbours in self._tiles():
+            rows = stop - start
             signed = self._bytes(start, stop, block).reshape(self.in_features, -1) ^ 0x88
-            weights = space.view(-1)[: signed.numel()].view(signed.shape)
-            grouped = weights.view(-1, self.group, signed.shape[1])
-            scales, shifts = (
-                _halves(each, block, neighbours)
-                for each in self.scales_and_shifts[:, start:stop].contiguous().unbind(-1)
+            weights = space[: self.in_features * rows].view(self.in_features, 2, -1)
+            weights[:, 0] = (signed << 4).view(torch.int8)
+            weights[:, 1] = (signed & 0xF0).view(torch.int8)
+            scale, shift = (
+                _halves(each, block, neighbours).reshape(len(each), 1, rows).to(dtype)
+                for each in self.scales_and_shifts[:, start:stop].unbind(-1)
             )
-            for half, part in enumerate(_halves(whole[:, start:stop], block, neighbours).unbind(1)):
-                weights.copy_((signed & 0xF0 if half else signed << 4).view(torch.int8))
-                scale, shift = (
-                    each[:, half].reshape(len(each), 1, -1).to(dtype) for each in (scales, shifts)
-                )
-                torch.addcmul(shift, grouped, scale / 16, out=grouped)
-                yield part, weights
+            grouped = weights.view(-1, self.group, rows)
+            torch.addcmul(shift, grouped, scale / 16, out=grouped)
+            yield _halves(whole[:, start:stop], block, neighbours), weights.flatten(1)
 
 
 class Int4CudaLinear(Int4Linear):

@@ -163,11 +163,10 @@ def test_packing_int4_takes_little_memory(scattered: bool) -> None:
 
 @pytest.mark.parametrize("rows", [64, 512])
 def test_tiles_of_int4_take_little_memory(rows: int) -> None:
-    """Half a tile in bfloat16, all its codes, of the half once more, its product, and scales."""
-    m, n = 4096, 2048
+    """A tile in bfloat16, its bytes, half of its codes, its product, and scales."""
+    m, n = 4096, 4096
     layer, x = Int4CpuLinear(int4_layer(m, n)), torch.zeros(rows, n, dtype=torch.bfloat16)
     peak = peak_temporary_bytes(lambda: layer.dense_multiply(x))
-    half = int4.TILE_ROWS // 2
     product = rows * m * 2
-    tile = half * (n * (2 + 1 + 1) + rows * 2)
-    assert product + half * n * (2 + 1) < peak < product + 1.5 * tile < product + m * n
+    tile = int4.TILE_ROWS * (n * (2 + 0.5 + 0.5) + rows * 2)
+    assert product + int4.TILE_ROWS * n * 2 < peak < product + 1.5 * tile < product + m * n
