@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from pytest_qlab.engines.server import Reply, Request
 from pytest_qlab.errors import MetricError, NotMeasuredError, QlabError
-from pytest_qlab.measuring import endtoend, loading, loadtimes
+from pytest_qlab.measuring import endtoend, loading, loadtimes, runnable
 from pytest_qlab.measuring.alone import load_as_run
 from pytest_qlab.measuring.pagecache import cached_share, drop_from_cache
 from pytest_qlab.measuring.runnable import packed_job
@@ -120,7 +120,8 @@ def test_loads_happen_in_processes_of_their_own(
     answer = lab.store.peek("loading", stored)["warm"][0]
     ids = torch.tensor([text_tokens(lab, lab.model.fitting(128))])
     assert answer["token"] == loading.generate_one(candidate.speed_model, ids[:, :CONTEXT])
-    assert found.warm.convention == f"fresh process, {candidate.kernels}"
+    runs = f"{runnable.dtype_name(lab.speed_base)}, {candidate.kernels}"
+    assert found.warm.convention == f"fresh process, {runs}"
     assert len(answer["steady"]) == loading.STEADY
 
 
