@@ -210,11 +210,6 @@ class Lab:
         """
         return self._streaming.lazy()
 
-    @property
-    def streams(self) -> bool:
-        """Whether the model is read block by block."""
-        return self._streaming.lazy() is not None
-
     def check_whole(self, what: str) -> None:
         """Refuse what needs the whole model, see `Streaming.check_whole`."""
         self._streaming.check_whole(what)

@@ -18,6 +18,7 @@ from pytest_qlab.measuring.runnable import (
     kernel_use_parts,
     kernels_key,
     packed_job,
+    speed_dtype_name,
 )
 from pytest_qlab.measuring.speed import forward, last_logits_only, prompt
 from pytest_qlab.metrics.memory import (
@@ -220,9 +221,8 @@ def measure_process(candidate: Candidate) -> Estimate:
                     "convention": f"{engine.name}, prompt of {ids.shape[1]}",
                 }
         found = _in_a_child(candidate, ids[0].tolist())
-        convention = (
-            f"{found['dtype']}, {kernels}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
-        )
+        dtype = speed_dtype_name(lab)
+        convention = f"{dtype}, {kernels}, prompt of {ids.shape[1]}, {NEW_TOKENS} generated"
         return {**found, "convention": convention}
 
     found = lab.store.json("process_memory", parts, compute)
@@ -250,4 +250,4 @@ def _in_a_child(candidate: Candidate, ids: list[int]) -> dict[str, Any]:
             "memory.rss_peak was not measured: this system does not say how much memory a process "
             "had at most. Hold memory.peak."
         )
-    return {**found, "dtype": job["dtype"]}
+    return found

@@ -215,7 +215,7 @@ def kernel_use(candidate: Candidate) -> KernelUse:
         return KernelUse.of_checkpoint(candidate.checkpoint)
 
     def chosen() -> dict[str, Any]:
-        if candidate.lab.streams:
+        if candidate.lab.lazy is not None:
             return _chosen_alone(candidate).to_dict()
         return _chosen_anew(candidate).kernels.to_dict()
 
