@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.settings import Benchmark, load, say
 from benchmarks.tables import Sample, Section, ratio, seconds
 from pytest_qlab import Lab
-from pytest_qlab.calibration.stream import BlockCall, capture_calls, input_groups
+from pytest_qlab.calibration.stream import BlockCall, capture_calls
 from pytest_qlab.methods.awq import Awq, is_clipped
 from pytest_qlab.models.folds import discover_folds
 from pytest_qlab.models.structure import LinearSite, decoder_blocks, quantizable_linears
@@ -91,9 +91,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def products_of(lab: Lab) -> list[Products]:
     """Record every block's products on the first calibration sequence."""
     blocks = decoder_blocks(lab.base_model)
-    modules = [block for _, block in blocks]
     with torch.no_grad():
-        calls = capture_calls(lab.base_model, modules, lab.calibration.sequences[0])
+        calls = capture_calls(lab.base_model, blocks, lab.calibration.sequences[0])
         return [
             _of_block(name, block, call) for (name, block), call in zip(blocks, calls, strict=True)
         ]
@@ -116,7 +115,7 @@ def _of_block(name: str, block: nn.Module, call: BlockCall) -> Products:
         call(block, call.hidden)
     for handle in handles:
         handle.remove()
-    groups = input_groups(block, call, sites)
+    groups = call.groups
     folds = discover_folds(block, lambda: call(block, call.hidden), sites, name)
     scaled = {layer for fold in folds for layer in fold.layers}
     for number in sorted(set(groups.values())):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pytest_qlab.calibration.spilled import SpilledStream
 from pytest_qlab.calibration.statistics import LayerStatistics
-from pytest_qlab.calibration.stream import BlockStream, input_groups
+from pytest_qlab.calibration.stream import BlockStream
 from pytest_qlab.models.structure import decoder_blocks, quantizable_linears, routers
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_statistics(
     Linears that share an input share the stored tensors.
     """
     blocks = decoder_blocks(model)
-    stream = BlockStream(model, [block for _, block in blocks], sequences, threads=threads)
+    stream = BlockStream(model, blocks, sequences, threads=threads)
     layers: list[dict[str, int]] = []
     for index, (name, block) in enumerate(blocks):
         progress(f"calibration statistics, block {index + 1}/{len(blocks)}")
@@ -103,8 +103,8 @@ def _write_block(
 ) -> dict[str, int]:
     """Collect and store one block's statistics, and move the stream on; returns the groups."""
     sites = [*quantizable_linears(block, name), *routers(block, name)]
-    groups = input_groups(block, stream.call(index), sites)
-    statistics = stream.collect(index, block, sites, groups, gram=gram, advance=True)
+    groups = stream.call(index).groups
+    statistics = stream.collect(index, block, sites, gram=gram, advance=True)
     by_group = {groups[layer]: found for layer, found in statistics.items()}
     save_file(
         {

@@ -82,7 +82,7 @@ def spilled_calls(lazy: LazyModel, ids: Sequence[int], directory: Path) -> list[
 
     directory.mkdir(parents=True, exist_ok=True)
     with lazy.forwards():
-        return capture_calls(lazy.model, [block for _, block in lazy.blocks], ids, make)
+        return capture_calls(lazy.model, lazy.blocks, ids, make)
 
 
 class SpilledStream(BlockStream):

@@ -1,8 +1,9 @@
 """Calibration sequences as they travel through a model, one decoder block at a time.
 
 A block's inputs are its hidden state, which depends on the blocks before it, and everything else
-(masks, rotary embeddings), which does not. The latter is captured once; the former is kept for all
-sequences and moved on block by block, so that a block can see what quantized blocks before it make.
+(masks, rotary embeddings), which does not. The latter is captured once, and with it which of its
+linears read the same input; the former is kept for all sequences and moved on block by block, so
+that a block can see what quantized blocks before it make.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
 from pytest_qlab.errors import ModelError
-from pytest_qlab.models.structure import LinearSite
+from pytest_qlab.models.structure import LinearSite, quantizable_linears, routers
 from pytest_qlab.parallel import ordered_map
+
+TOGETHER, SHARES = 4, 8
 
 
 class _Stop(Exception):
@@ -26,9 +30,17 @@ class _Stop(Exception):
 
 
 class BlockCall:
-    """How a model calls one of its blocks: everything but the hidden state."""
+    """How a model calls one of its blocks: everything but the hidden state.
+
+    Attributes:
+        hidden: the hidden state that the block was given when the call was captured.
+        groups: of the linears and routers of the block, by name, the number of the input they read,
+            in the order in which they run. Those that read the same tensor have the same number;
+            one that does not run, such as an expert that no token is routed to, has its own.
+    """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.groups: dict[str, int] = {}
         if args:
             self.hidden: Tensor = args[0]
             self._args, self._kwargs, self._keyword = args[1:], dict(kwargs), ""
@@ -54,17 +66,40 @@ class BlockCall:
 
 def capture_calls(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    blocks: Sequence[tuple[str, nn.Module]],
     ids: Sequence[int],
     make: Callable[[tuple[Any, ...], dict[str, Any]], BlockCall] = BlockCall,
 ) -> list[BlockCall]:
-    """Run the model on one sequence and record how each block is called, with `make`."""
+    """Run the model on one sequence and record how each block is called, with `make`.
+
+    Raises:
+        ModelError: the blocks do not run one after the other, each of them once, or do not take
+            their hidden state where blocks do.
+    """
     calls: list[BlockCall] = []
-    handles = [
-        block.register_forward_pre_hook(
-            lambda _module, args, kwargs: calls.append(make(args, kwargs)), with_kwargs=True
+    inputs: list[Tensor] = []  # of the linears of the block that runs
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.clear()
+        calls.append(make(args, kwargs))
+
+    def read(name: str, tensor: Tensor) -> None:
+        if not calls:
+            return
+        for number, known in enumerate(inputs):
+            if known is tensor:
+                calls[-1].groups[name] = number
+                return
+        calls[-1].groups[name] = len(inputs)
+        inputs.append(tensor)
+
+    sites = [[*quantizable_linears(block, name), *routers(block, name)] for name, block in blocks]
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for _, block in blocks] + [
+        site.module.register_forward_pre_hook(
+            lambda _module, args, name=site.name: read(name, args[0])
         )
-        for block in blocks
+        for of_block in sites
+        for site in of_block
     ]
     try:
         with torch.inference_mode():
@@ -78,45 +113,14 @@ def capture_calls(
             "forward pass, so calibration cannot follow its hidden state. Use a method without "
             "calibration, such as rtn."
         )
+    for call, of_block in zip(calls, sites, strict=True):
+        for site in of_block:
+            call.groups.setdefault(site.name, max(call.groups.values(), default=-1) + 1)
     return calls
 
 
 def _batch(model: nn.Module, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], device=next(model.parameters()).device)
-
-
-def input_groups(block: nn.Module, call: BlockCall, sites: Sequence[LinearSite]) -> dict[str, int]:
-    """Number the linears of a block by the input they read, in the order in which they run.
-
-    Linears that read the same tensor get the same number; one that does not run, such as an expert
-    that no token is routed to, gets a number of its own.
-    """
-    seen: list[Tensor] = []
-    groups: dict[str, int] = {}
-
-    def record(name: str, tensor: Tensor) -> None:
-        for number, known in enumerate(seen):
-            if known is tensor:
-                groups[name] = number
-                return
-        groups[name] = len(seen)
-        seen.append(tensor)
-
-    handles = [
-        site.module.register_forward_pre_hook(
-            lambda _module, args, name=site.name: record(name, args[0])
-        )
-        for site in sites
-    ]
-    try:
-        with torch.inference_mode():
-            call(block, call.hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for site in sites:
-        groups.setdefault(site.name, max(groups.values(), default=-1) + 1)
-    return groups
 
 
 class States(Protocol):
@@ -134,7 +138,7 @@ class BlockStream:
 
     Args:
         model: whose embeddings make the first hidden states.
-        blocks: its decoder blocks in order.
+        blocks: its decoder blocks in order, with their names.
         sequences: token ids, all of one length.
         threads: how many sequences run at the same time.
     """
@@ -142,7 +146,7 @@ class BlockStream:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[nn.Module],
+        blocks: Sequence[tuple[str, nn.Module]],
         sequences: Sequence[Sequence[int]],
         *,
         threads: int = 1,
@@ -150,7 +154,7 @@ class BlockStream:
         self.forwards = len(sequences)
         self._threads = threads
         self._calls = capture_calls(model, blocks, sequences[0])
-        self._hidden = self._embed(model, blocks[0], sequences)
+        self._hidden = self._embed(model, blocks[0][1], sequences)
 
     def _states(self, index: int) -> States:
         """An empty place for the hidden states in front of block `index`."""
@@ -189,7 +193,6 @@ class BlockStream:
         index: int,
         block: nn.Module,
         sites: Sequence[LinearSite],
-        groups: dict[str, int],
         *,
         gram: bool,
         channels: bool = True,
@@ -202,6 +205,7 @@ class BlockStream:
         Otherwise a forward ends at the last of the sites, once a whole one has shown that the block
         runs each of them once.
         """
+        groups = self._calls[index].groups
         first_of = {groups[site.name]: site for site in reversed(sites)}
 
         def empty() -> dict[int, Accumulator]:
@@ -214,13 +218,17 @@ class BlockStream:
         names = sorted(site.name for site in sites)
         once: list[bool] = []  # of whole forwards: whether each site ran once
 
-        def run(hidden: Tensor) -> tuple[dict[int, Accumulator], Tensor]:
-            here.parts, here.seen = empty(), []
-            output = hidden
-            with suppress(_Stop):
-                output = self._calls[index](block, hidden)
-                once.append(sorted(here.seen) == names)
-            return here.parts, output
+        def run(share: list[Tensor]) -> tuple[dict[int, Accumulator], list[Tensor]]:
+            here.parts = empty()
+            outputs = []
+            for hidden in share:
+                here.seen = []
+                with suppress(_Stop):
+                    output = self._calls[index](block, hidden)
+                    once.append(sorted(here.seen) == names)
+                    if advance:
+                        outputs.append(output)
+            return here.parts, outputs
 
         def see(site: LinearSite, inputs: Tensor) -> None:
             number = groups[site.name]
@@ -237,21 +245,32 @@ class BlockStream:
             for site in sites
         ]
         totals = empty()
-        outputs = self._states(index + 1)
+        states = self._states(index + 1)
         try:
-            for parts, output in ordered_map(run, self._hidden, self._threads):
-                if advance:
-                    outputs.append(output)
+            for parts, outputs in ordered_map(run, self._shares(), self._threads):
+                for output in outputs:
+                    states.append(output)
                 for number, part in parts.items():
                     totals[number].merge(part)
         finally:
             for handle in handles:
                 handle.remove()
         if advance:
-            self._hidden = outputs
+            self._hidden = states
         # One after the other out of the way, because a result is as large as what it is made of.
         results = {number: totals.pop(number).result() for number in list(totals)}
         return {site.name: results[groups[site.name]] for site in sites}
+
+    def _shares(self) -> Iterator[list[Tensor]]:
+        """The hidden states, a few sequences at a time, the same whatever the threads.
+
+        Within a share statistics go into the same sums; of different shares they are merged, which
+        takes as long as some of the products that they are made of.
+        """
+        size = min(max(self.forwards // SHARES, 1), TOGETHER)
+        states = iter(self._hidden)
+        while share := list(islice(states, size)):
+            yield share
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the outputs of block `index`."""

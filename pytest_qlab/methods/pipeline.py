@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_qlab.calibration.stream import BlockCall, BlockStream, capture_calls, input_groups
+from pytest_qlab.calibration.stream import BlockCall, BlockStream, capture_calls
 from pytest_qlab.errors import MethodError
 from pytest_qlab.kernels.linear import PackedLinear
 from pytest_qlab.kernels.packed import set_materialized
@@ -145,11 +145,10 @@ class Pass:
         return type(self.method).transform_block is not Method.transform_block
 
     def _open_stream(self, sequences: Sequence[Sequence[int]], threads: int) -> BlockStream:
-        modules = [block for _, block in self.blocks]
-        return BlockStream(self.model, modules, sequences, threads=threads)
+        return BlockStream(self.model, self.blocks, sequences, threads=threads)
 
     def _capture(self, ids: Sequence[int]) -> list[BlockCall]:
-        return capture_calls(self.model, [block for _, block in self.blocks], ids)
+        return capture_calls(self.model, self.blocks, ids)
 
     def run(self) -> QuantizedModel:
         for index, (name, block) in enumerate(self.blocks):
@@ -201,9 +200,7 @@ class Pass:
         sites = quantizable_linears(block, name)
         gates = routers(block, name)
         known = self.statistics(index) if self.statistics is not None else {}
-        groups: dict[str, int] = {}
-        if self.calls is not None:
-            groups = input_groups(block, self.calls[index], [*sites, *gates])
+        groups = {} if self.calls is None else self.calls[index].groups
 
         def layer(site: LinearSite, quantized: bool) -> LayerContext:
             found = known.get(site.name)
@@ -230,13 +227,11 @@ class Pass:
 
     def _collect(self, index: int, block: nn.Module, layers: list[LayerContext]) -> None:
         assert self.stream is not None
-        groups = {layer.name: layer.input_group for layer in layers}
         wanted = self.method.wanted_statistics
         found = self.stream.collect(
             index,
             block,
             [layer.site for layer in layers],
-            groups,
             gram="gram" in wanted,
             channels=follows_channels(wanted),
         )

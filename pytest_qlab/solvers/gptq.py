@@ -154,10 +154,10 @@ class _Solver:
     def solve(self, weights: Sequence[Tensor], rule: GridRule) -> list[GptqSolution]:
         w = torch.cat(list(weights))
         # As in the reference: grids of whole rows are fitted before dead columns are cleared.
-        fitted = w if self.group_size == -1 else w.masked_fill(self.dead, 0)
-        grid = rule.fit(grouped(fitted, self.group_size))
+        cleared = w.masked_fill(self.dead, 0)
+        grid = rule.fit(grouped(w if self.group_size == -1 else cleared, self.group_size))
         # From here on all is transposed, so that a column of W is contiguous.
-        w = w.masked_fill(self.dead, 0).index_select(1, self.order).T.contiguous()
+        w = cleared.index_select(1, self.order).T.contiguous()
         grid = Grid(grid.scale.T.contiguous(), grid.zero.T.contiguous())
         codes = torch.empty_like(w, dtype=torch.uint8)
         delta = torch.zeros_like(w)  # W - Q
@@ -185,7 +185,7 @@ class _Solver:
             losses += (errors * self.r.diagonal()[start:stop, None]).square().sum(0)
         back = self.order.argsort()
         whole = AffineCodes(
-            codes.T.index_select(1, back),
+            codes.index_select(0, back).T.contiguous(),
             Grid(grid.scale.T.contiguous(), grid.zero.T.contiguous()),
             rule,
             self.group_size,

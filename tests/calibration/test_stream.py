@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pytest_qlab.calibration.sources import StoredStatistics, write_statistics
 from pytest_qlab.calibration.statistics import Accumulator, LayerStatistics
-from pytest_qlab.calibration.stream import BlockStream, capture_calls, input_groups
+from pytest_qlab.calibration.stream import BlockStream, capture_calls
 from pytest_qlab.errors import MethodError, ModelError
 from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.structure import all_linears, decoder_blocks, quantizable_linears
@@ -82,9 +82,9 @@ def test_statistics_are_those_of_whole_forwards(name: str, threads: int, tmp_pat
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_advancing_through_all_blocks_is_the_model(name: str) -> None:
     model, ids = build(name), sequences(2)
-    blocks = [block for _, block in decoder_blocks(model)]
+    blocks = decoder_blocks(model)
     outputs: list[Tensor] = []
-    handle = blocks[-1].register_forward_hook(
+    handle = blocks[-1][1].register_forward_hook(
         lambda _module, _args, output: outputs.append(
             output if isinstance(output, Tensor) else output[0]
         )
@@ -94,7 +94,7 @@ def test_advancing_through_all_blocks_is_the_model(name: str) -> None:
             model(input_ids=torch.tensor([each]), use_cache=False)
     handle.remove()
     stream = BlockStream(model, blocks, ids)
-    for index, block in enumerate(blocks):
+    for index, (_, block) in enumerate(blocks):
         stream.advance(index, block)
     for found, expected in zip(stream._hidden, outputs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -113,14 +113,12 @@ def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
 
 def test_input_groups_of_a_llama_block() -> None:
     model = build("llama")
-    (prefix, block), *_ = decoder_blocks(model)
-    sites = quantizable_linears(block, prefix)
-    call = capture_calls(model, [each for _, each in decoder_blocks(model)], sequences()[0])[0]
-    groups = {name.rpartition(".")[2]: n for name, n in input_groups(block, call, sites).items()}
-    assert groups["q_proj"] == groups["k_proj"] == groups["v_proj"] == 0
-    assert groups["gate_proj"] == groups["up_proj"] == 2
-    assert groups["o_proj"] == 1
-    assert groups["down_proj"] == 3
+    for call in capture_calls(model, decoder_blocks(model), sequences()[0]):
+        groups = {name.rpartition(".")[2]: number for name, number in call.groups.items()}
+        assert groups["q_proj"] == groups["k_proj"] == groups["v_proj"] == 0
+        assert groups["gate_proj"] == groups["up_proj"] == 2
+        assert groups["o_proj"] == 1
+        assert groups["down_proj"] == 3
 
 
 def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
@@ -184,7 +182,7 @@ def test_a_block_that_is_called_otherwise_is_refused() -> None:
 
     odd = Odd()
     with pytest.raises(ModelError, match="hidden_states"):
-        capture_calls(odd, [odd.block], [1, 2])
+        capture_calls(odd, [("block", odd.block)], [1, 2])
 
 
 @pytest.mark.parametrize("features", [1, 95, 97, 200, 1000])
@@ -246,10 +244,10 @@ def test_a_forward_ends_at_the_last_input_that_is_asked_for(
     block = Chain(repeats)
     model = OneBlock(block)
     ids = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
-    stream = BlockStream(model, [block], ids, threads=threads)
+    stream = BlockStream(model, [("block", block)], ids, threads=threads)
     block.ends = 0
     sites = quantizable_linears(block, "block")
-    found = stream.collect(0, block, sites, {"block.first": 0, "block.second": 1}, gram=True)
+    found = stream.collect(0, block, sites, gram=True)
     assert whole <= block.ends <= max(whole, threads)
     x = block.first(torch.tensor(ids).reshape(-1, 1) * model.scale)
     seen = [x]
@@ -261,7 +259,7 @@ def test_a_forward_ends_at_the_last_input_that_is_asked_for(
     assert gram is not None
     torch.testing.assert_close(gram, expected.T @ expected)
     before = list(stream._hidden)
-    stream.collect(0, block, sites, {"block.first": 0, "block.second": 1}, gram=False, advance=True)
+    stream.collect(0, block, sites, gram=False, advance=True)
     moved = [model(torch.tensor([each]), use_cache=False) for each in ids]
     assert len(before) == len(ids)
     torch.testing.assert_close(list(stream._hidden), moved)
