@@ -72,6 +72,8 @@ def capture_calls(
 ) -> list[BlockCall]:
     """Run the model on one sequence and record how each block is called, with `make`.
 
+    The output head, which may be larger than any block, is not run.
+
     Raises:
         ModelError: the blocks do not run one after the other, each of them once, or do not take
             their hidden state where blocks do.
@@ -93,6 +95,9 @@ def capture_calls(
         calls[-1].groups[name] = len(inputs)
         inputs.append(tensor)
 
+    def stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        raise _Stop
+
     sites = [[*quantizable_linears(block, name), *routers(block, name)] for name, block in blocks]
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for _, block in blocks] + [
         site.module.register_forward_pre_hook(
@@ -101,8 +106,11 @@ def capture_calls(
         for of_block in sites
         for site in of_block
     ]
+    find_head = getattr(model, "get_output_embeddings", None)
+    if callable(find_head) and (head := find_head()) is not None:
+        handles.append(head.register_forward_pre_hook(stop, prepend=True))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), suppress(_Stop):
             model(input_ids=_batch(model, ids), use_cache=False)
     finally:
         for handle in handles:

@@ -18,7 +18,9 @@ GPU the operations of a block are launched as one graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +32,10 @@ from pytest_qlab.solvers.grid import AffineCodes, Grid, GridRule, grouped
 
 SMALLEST_DAMP_STEP = 0.01
 STEP = 32
+# Two threads that walk over few rows fight for the interpreter after each operation, and both take
+# longer than one after the other.
+FEW_ROWS = 2048
+_turn = threading.Lock()
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -164,6 +170,7 @@ class _Solver:
         losses = torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
         starts = range(0, len(w), self.block_size)
         take = Graphed(walk, w.device, len(starts))
+        turn = _turn if w.shape[1] <= FEW_ROWS and not w.is_cuda else nullcontext()
         for start in starts:
             stop = min(start + self.block_size, len(w))
             if not self.fitted_before:
@@ -171,15 +178,12 @@ class _Solver:
             of_column = self.groups[start:stop]
             scale, zero = grid.scale[of_column].to(w.dtype), grid.zero[of_column]
             reached = w[start:stop] + self.feedback[start:stop, :start] @ delta[:start]
-            steps, delta[start:stop], reached = take(
-                self.feedback[start:stop, start:stop],
-                reached,
-                w[start:stop],
-                scale,
-                # Whole numbers from the zero point, whose bounds are those of the codes.
-                -zero,
-                2**rule.bits - 1 - zero,
-            )
+            # Steps are whole numbers from the zero point, whose bounds are those of the codes.
+            low, high = -zero, 2**rule.bits - 1 - zero
+            feedback = self.feedback[start:stop, start:stop]
+            with turn:
+                taken = take(feedback, reached, w[start:stop], scale, low, high)
+            steps, delta[start:stop], reached = taken
             codes[start:stop] = steps + zero
             errors = reached - steps * scale
             losses += (errors * self.r.diagonal()[start:stop, None]).square().sum(0)
