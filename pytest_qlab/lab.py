@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
     from pytest_qlab.settings import Settings
 
-QUANTIZED_VERSION = 4
+QUANTIZED_VERSION = 5
 
 
 class Lab:

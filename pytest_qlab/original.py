@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_qlab.methods.base import Method
     from pytest_qlab.streaming import Streaming
 
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
 GRADIENTS_VERSION = 1
 LARGE_GRAM_BYTES = 2**30
 

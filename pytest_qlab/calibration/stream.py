@@ -22,7 +22,7 @@ from pytest_qlab.errors import ModelError
 from pytest_qlab.models.structure import LinearSite, quantizable_linears, routers
 from pytest_qlab.parallel import ordered_map
 
-TOGETHER, SHARES = 4, 8
+TOGETHER, SHARES = 4, 8  # sequences of a share at most, shares at least
 
 
 class _Stop(Exception):

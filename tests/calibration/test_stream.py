@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,8 +101,9 @@ def test_advancing_through_all_blocks_is_the_model(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
-    model, ids = build("llama"), sequences(5)
+@pytest.mark.parametrize("count", [5, 19])  # shares of one sequence, and of two
+def test_results_do_not_depend_on_threads(count: int, tmp_path: Path) -> None:
+    model, ids = build("llama"), sequences(count)
     found = []
     for threads in (1, 3):
         directory = tmp_path / str(threads)
@@ -119,6 +121,40 @@ def test_input_groups_of_a_llama_block() -> None:
         assert groups["gate_proj"] == groups["up_proj"] == 2
         assert groups["o_proj"] == 1
         assert groups["down_proj"] == 3
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_linears_of_one_group_are_those_that_read_the_same_numbers(name: str) -> None:
+    model, (ids,) = build(name), sequences(1)
+    calls = capture_calls(model, decoder_blocks(model), ids)
+    read = inputs_by_hook(model, [ids])
+    for call, (prefix, block) in zip(calls, decoder_blocks(model), strict=True):
+        sites = quantizable_linears(block, prefix)
+        assert {site.name for site in sites} <= set(call.groups)
+        for a, b in combinations(sites, 2):
+            ran = read[a.name] and read[b.name]
+            same = bool(ran) and torch.equal(read[a.name][0], read[b.name][0])
+            assert (call.groups[a.name] == call.groups[b.name]) == same, (a.name, b.name)
+
+
+def test_capturing_calls_runs_every_block_and_no_head() -> None:
+    model = build("llama")
+    ran: list[str] = []
+    for name, module in [*decoder_blocks(model), ("head", model.get_output_embeddings())]:
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    capture_calls(model, decoder_blocks(model), sequences(1)[0])
+    assert ran == [name for name, _ in decoder_blocks(model)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 17, 40])
+def test_shares_are_all_hidden_states_in_their_order(count: int) -> None:
+    model = build("llama")
+    stream = BlockStream(model, decoder_blocks(model), sequences(count))
+    shares = list(stream._shares())
+    together = [state for share in shares for state in share]
+    assert all(a is b for a, b in zip(together, stream._hidden, strict=True))
+    assert len(shares) >= min(count, 8)
+    assert len({len(share) for share in shares[:-1]}) <= 1
 
 
 def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
