@@ -96,7 +96,8 @@ def capture_calls(
         inputs.append(tensor)
 
     def stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-        raise _Stop
+        if len(calls) == len(blocks):
+            raise _Stop
 
     sites = [[*quantizable_linears(block, name), *routers(block, name)] for name, block in blocks]
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for _, block in blocks] + [
