@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +88,27 @@ class LinearSite:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a plain weight matrix, perhaps adds a bias, and no more."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    kind: Any = type(module)
+    return (isinstance(module, nn.Linear) and _is_plain(kind)) or _is_conv1d(module)
+
+
+@cache
+def _is_plain(kind: Any) -> bool:
+    """Whether a class of linear layers computes what `nn.Linear` does.
+
+    Some compute it in another way, as Falcon's, and some something else, as the block-diagonal
+    projection of DeepSeek V4: one that has a forward of its own is tried on a few numbers.
+    """
+    if kind.forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            tried, inputs = kind(3, 2).to(torch.float32), torch.randn(1, 4, 3)
+            found = tried(inputs)
+            expected = nn.functional.linear(inputs, tried.weight, tried.bias)
+    except Exception:  # its constructor or its forward wants something else
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -148,12 +170,12 @@ def routers(block: nn.Module, prefix: str = "") -> list[LinearSite]:
     """Weight matrices that choose or weigh experts: never quantized, but part of norm folds.
 
     These are modules of another class that hold a two-dimensional `weight` of their own, and
-    linear layers that stand inside a router or, as gates with one output for each expert or one
-    in all, beside a list of experts.
+    linear layers that are a router, stand inside one or, as gates with one output for each expert
+    or one in all, beside a list of experts.
     """
     found = []
     for name, module in block.named_modules():
-        if is_linear(module):
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
             if _is_router(block, name, module):
                 found.append(_site(block, name, prefix))
         elif not isinstance(module, nn.Embedding):
@@ -181,7 +203,7 @@ def _is_router(block: nn.Module, name: str, module: nn.Module) -> bool:
     parts = name.split(".")
     if "router" in parts:
         return True
-    for depth in range(1, len(parts)):
+    for depth in range(1, len(parts) + 1):
         if _ROUTER_CLASS.search(type(block.get_submodule(".".join(parts[:depth]))).__name__):
             return True
     parent = block.get_submodule(".".join(parts[:-1]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from pytest_qlab.errors import ModelError
@@ -15,6 +17,7 @@ from pytest_qlab.models.structure import (
     quantizable_linears,
     routers,
 )
+from pytest_qlab.testing.fakes import tiny_lab, tiny_model, tiny_tokenizer
 from tests.architectures import ARCHITECTURES, token_ids
 
 _LLAMA = {f"self_attn.{p}_proj" for p in "qkvo"} | {f"mlp.{p}_proj" for p in ("gate", "up", "down")}
@@ -156,6 +159,60 @@ def test_linear_routers_inside_and_beside_experts_are_left_out() -> None:
         "mlp.experts.2",
     ]
     assert {s.name for s in routers(block)} == {"mlp.gate", "mlp.router", "mlp.gating.layer"}
+
+
+class Restated(nn.Linear):
+    """As Falcon's: the same product, written down once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Doubled(nn.Linear):
+    """Built as a linear layer is, and not one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek V4's: each group of outputs reads a group of the inputs."""
+
+    def __init__(self, of_group: int, outputs: int, groups: int) -> None:
+        super().__init__(of_group, outputs, bias=False)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.view(self.groups, -1, self.in_features)
+        parts = x.view(*x.shape[:-1], self.groups, self.in_features)
+        return torch.einsum("...gi,goi->...go", parts, rows).flatten(-2)
+
+
+def test_a_linear_layer_that_computes_something_else_is_none() -> None:
+    block = nn.ModuleDict(
+        {
+            "plain": nn.Linear(8, 8),
+            "restated": Restated(8, 8),
+            "doubled": Doubled(8, 8),
+            "grouped": Grouped(4, 8, 2),
+        }
+    )
+    assert [site.name for site in quantizable_linears(block)] == ["plain", "restated"]
+    assert routers(block) == []
+
+
+@pytest.mark.parametrize("method", ["rtn:group_size=16", "gptq:group_size=16", "awq:group_size=16"])
+def test_a_model_with_such_a_layer_is_quantized_around_it(method: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    for _, block in decoder_blocks(model):
+        attention = block.get_submodule("self_attn")
+        width = attention.get_submodule("o_proj").get_parameter("weight").shape[1]
+        attention.register_module("o_proj", Grouped(width // 2, width, 2).requires_grad_(False))
+    lab = tiny_lab(tmp_path, model=model, tokenizer=tiny_tokenizer())
+    candidate = lab.candidate(method)
+    assert not any(name.endswith("o_proj") for name in candidate.checkpoint.layers())
+    assert any(name.endswith("v_proj") for name in candidate.checkpoint.layers())
+    assert 0 < candidate.kl.mean < 1
 
 
 def test_a_model_without_blocks_is_refused() -> None:
