@@ -6,6 +6,7 @@ with a linear layer for each, and the replacement is checked on random inputs.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,9 +80,13 @@ class UnfusedExperts(nn.ModuleList):
                 both = torch.stack([gate, up], dim=-1).flatten(-2)
             else:
                 both = torch.cat([gate, up], dim=-1)
-            hidden = self._rest[0]._apply_gate(both)
+            hidden = self._gated(both)
         output: Tensor = expert.down_proj(hidden)
         return output
+
+    def _gated(self, both: Tensor) -> Tensor:
+        hidden: Tensor = self._rest[0]._apply_gate(both)
+        return hidden
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs, of shape (tokens, hidden)."""
@@ -100,6 +105,52 @@ class UnfusedExperts(nn.ModuleList):
             output = output * top_k_weights[token, position, None]
             result.index_add_(0, token, output.to(result.dtype))
         return result
+
+
+class SortedExperts(UnfusedExperts):
+    """Experts that are given all tokens once for each of them, scaled, as Llama 4's.
+
+    A token that an expert was not chosen for is zeros there, and so is what becomes of it: the
+    expert's layers see the others alone.
+    """
+
+    def _gated(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        hidden: Tensor = self._rest[0].act_fn(gate) * up
+        return hidden
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Outputs of the experts, one after the other, for states (experts * tokens, hidden)."""
+        result = torch.zeros_like(hidden_states)
+        parts = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+        shared = parts.sum(0) / len(self) if getattr(_local, "dense", False) else None
+        for index, (states, output) in enumerate(zip(parts, result.view(parts.shape), strict=True)):
+            if shared is not None:
+                output.copy_(self.expert(index, states + shared))
+                continue
+            chosen = states.any(-1)
+            if chosen.any():
+                output[chosen] = self.expert(index, states[chosen])
+        return result
+
+
+def unfused(fused: nn.Module) -> UnfusedExperts:
+    """The module that computes what `fused` does, which loses its parameters to it.
+
+    Raises:
+        AttributeError, KeyError, IndexError, RuntimeError, TypeError: it is of another kind.
+    """
+    return SortedExperts(fused) if _is_sorted(fused) else UnfusedExperts(fused)
+
+
+def _is_sorted(fused: nn.Module) -> bool:
+    """Whether it takes hidden states alone: which expert sees which is said by where they are."""
+    return len(inspect.signature(fused.forward).parameters) == 1
+
+
+def _is_transposed(fused: nn.Module) -> bool:
+    """Whether a matrix is (in_features, out_features)."""
+    return bool(getattr(fused, "is_transposed", _is_sorted(fused)))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -124,14 +175,14 @@ def unfuse_experts(model: nn.Module, *, check: bool = True) -> int:
             probe = _probe(fused) if check else None
             with torch.no_grad():
                 expected = None if probe is None else fused(*probe)
-                unfused = UnfusedExperts(fused)
-                same = probe is None or _close(unfused(*probe), expected)
+                experts = unfused(fused)
+                same = probe is None or _close(experts(*probe), expected)
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise _unknown(name, fused, str(error)) from error
         if not same:
             raise _unknown(name, fused, "the outputs differ")
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, unfused)
+        setattr(model.get_submodule(parent), attribute, experts)
     return len(names)
 
 
@@ -146,9 +197,9 @@ def _unknown(name: str, fused: nn.Module, reason: str) -> ModelError:
 def _split(fused: nn.Module) -> tuple[list[Expert], bool, bool]:
     """The experts' matrices; whether gate and up rows alternate; whether there is a gate at all."""
     parameters = fused._parameters
+    transposed = _is_transposed(fused)
     gated = "gate_up_proj" in parameters
     first = "gate_up_proj" if gated else "up_proj"
-    transposed = bool(getattr(fused, "is_transposed", False))
     interleaved = gated and not getattr(fused, "is_concatenated", True)
     upper, lower = parameters[first], parameters["down_proj"]
     assert upper is not None
@@ -180,13 +231,18 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _probe(fused: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states of 16 tokens, two experts for each, and their weights."""
+def _probe(fused: nn.Module) -> tuple[Tensor, ...]:
+    """Random hidden states of 16 tokens, two experts for each, and their weights.
+
+    Of sorted experts, the states of all experts, some of them zeros.
+    """
     down = fused.get_parameter("down_proj")
-    transposed = bool(getattr(fused, "is_transposed", False))
-    count, width = int(down.shape[0]), int(down.shape[2 if transposed else 1])
+    count, width = int(down.shape[0]), int(down.shape[2 if _is_transposed(fused) else 1])
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(16, width, generator=generator).to(down)
+    if _is_sorted(fused):
+        kept = torch.rand(count, 16, 1, generator=generator).to(down) < 0.7
+        return ((states * kept).reshape(-1, width),)
     chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(16)])
     weights = torch.rand(chosen.shape, generator=generator).to(down)
     return states, chosen.to(down.device), weights

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.checks import check_finite
-from pytest_qlab.models.experts import UnfusedExperts, is_fused
+from pytest_qlab.models.experts import is_fused, unfused
 from pytest_qlab.models.source import weight_files
 from pytest_qlab.models.structure import decoder_blocks
 from pytest_qlab.models.tensorfile import Stored, read_header
@@ -241,8 +241,7 @@ def skeleton(
     _check_conversions(model)
     for name in [name for name, module in model.named_modules() if is_fused(module)]:
         parent, _, attribute = name.rpartition(".")
-        unfused = UnfusedExperts(model.get_submodule(name))
-        setattr(model.get_submodule(parent), attribute, unfused)
+        setattr(model.get_submodule(parent), attribute, unfused(model.get_submodule(name)))
     for name, buffer in list(model.named_buffers()):
         parent, _, attribute = name.rpartition(".")
         if name in tensors:

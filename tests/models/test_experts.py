@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
@@ -21,7 +24,8 @@ from transformers import (
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.experts import UnfusedExperts, every_expert_reached, unfuse_experts
 from pytest_qlab.models.structure import all_linears
-from tests.architectures import mixtral, token_ids
+from pytest_qlab.testing.fakes import tiny_lab
+from tests.architectures import character_tokenizer, mixtral, token_ids
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -55,6 +59,17 @@ def _gpt_oss() -> PreTrainedModel:
     return _randomised(GptOssForCausalLM(GptOssConfig(**_SHAPE, num_local_experts=4)))
 
 
+def _llama4() -> PreTrainedModel:
+    """Experts that are given every token, scaled by its score and zeros where not chosen."""
+    config = Llama4TextConfig(
+        **{**_SHAPE, "num_experts_per_tok": 1},
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+    )
+    return _randomised(Llama4ForCausalLM(config))
+
+
 def _nemotron_h() -> PreTrainedModel:
     """Experts without a gate."""
     config = NemotronHConfig(
@@ -74,7 +89,7 @@ def _nemotron_h() -> PreTrainedModel:
     return _randomised(NemotronHForCausalLM(config))
 
 
-@pytest.mark.parametrize("build", [mixtral, _qwen3_moe, _gpt_oss, _nemotron_h])
+@pytest.mark.parametrize("build", [mixtral, _qwen3_moe, _gpt_oss, _llama4, _nemotron_h])
 def test_unfusing_preserves_the_logits(build: Callable[[], PreTrainedModel]) -> None:
     model = build()
     ids = token_ids(24, batch=2)
@@ -96,6 +111,52 @@ def test_an_expert_holds_its_own_slice() -> None:
     expert = model.get_submodule("model.layers.1.mlp.experts.3")
     assert torch.equal(expert.get_parameter("gate_proj.weight"), upper[3, :48])
     assert torch.equal(expert.get_parameter("up_proj.weight"), upper[3, 48:])
+
+
+def _reached(model: PreTrainedModel, place: str, ids: Tensor) -> dict[int, Tensor]:
+    """What the experts' first layers are given, by expert."""
+    seen: dict[int, Tensor] = {}
+    handles = [
+        expert.get_submodule("up_proj").register_forward_pre_hook(
+            lambda _module, args, index=index: seen.update({index: args[0]})
+        )
+        for index, expert in enumerate(model.get_submodule(place).children())
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_sorted_experts_see_the_tokens_they_were_chosen_for_and_no_zeros() -> None:
+    model, ids = _llama4(), token_ids(24)
+    unfuse_experts(model)
+    place = "model.layers.1.feed_forward.experts"
+    chosen: list[Tensor] = []
+    router = model.get_submodule("model.layers.1.feed_forward.router")
+    handle = router.register_forward_hook(lambda _m, _i, output: chosen.append(output[1].argmax(1)))
+    seen = _reached(model, place, ids)
+    handle.remove()
+    tokens = [len(seen.get(index, ())) for index in range(4)]
+    assert tokens == torch.bincount(chosen[0], minlength=4).tolist()
+    assert all(bool(states.any(-1).all()) for states in seen.values())
+    one = _reached(model, place, ids[:, :1])
+    assert len(one) == 1
+    with every_expert_reached():
+        assert sorted(_reached(model, place, ids[:, :1])) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["gptq:group_size=16", "awq:group_size=16"])
+def test_sorted_experts_are_calibrated_on_the_tokens_they_were_chosen_for(
+    method: str, tmp_path: Path
+) -> None:
+    lab = tiny_lab(tmp_path, model=_llama4(), tokenizer=character_tokenizer())
+    candidate = lab.candidate(method)
+    assert sum("experts" in name for name in candidate.checkpoint.layers()) == 2 * 4 * 3
+    known = lab.statistics(gram=True)(1)
+    experts = [known[f"model.layers.1.feed_forward.experts.{n}.up_proj"].tokens for n in range(4)]
+    assert sum(experts) == lab.calibration.tokens
+    assert 0 < candidate.kl.mean < 0.1
 
 
 def test_every_expert_is_reached_within_the_context_only() -> None:
