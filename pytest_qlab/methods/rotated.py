@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pytest_qlab.errors import MethodError
 from pytest_qlab.methods.blocks import BlockContext, LayerContext
@@ -16,7 +17,7 @@ from pytest_qlab.models.rotation import LayerRotation, Rotation
 from pytest_qlab.models.structure import is_linear
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import nn
 
     from pytest_qlab.models.folds import Fold
     from pytest_qlab.models.structure import LinearSite
@@ -53,8 +54,8 @@ def rotate_block(block: BlockContext, *, seed: int, heads: bool) -> None:
     sites = [layer.site for layer in block.layers]
     found = norm_readers(module, lambda: run(hidden), sites, block.name)
     norms = [norm for norm in found if norm.channels == width]
-    _check_norms(block, norms, width)
     readers = {name: norm for norm in norms for name in norm.layers}
+    _check_norms(block, norms, width, _behind(block, readers))
     writers = [
         layer
         for layer in block.layers
@@ -168,8 +169,49 @@ def _restored(*sites: LinearSite) -> Iterator[None]:
             tensor.data.copy_(value)
 
 
-def _check_norms(block: BlockContext, norms: Sequence[Fold], width: int) -> None:
+def _behind(block: BlockContext, readers: Collection[str]) -> set[int]:
+    """The ids of modules whose input some layers put out, as norms of queries and keys.
+
+    They are not on the residual stream, even where they are as wide.
+    """
+    module, run, hidden = block.module, block.run, block.hidden
+    assert module is not None
+    assert run is not None
+    assert hidden is not None
+    made: list[Tensor] = []
+    behind: set[int] = set()
+
+    def see(each: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given = {_memory(value) for value in inputs if isinstance(value, Tensor)}
+        if any(_memory(output) in given for output in made):
+            behind.add(id(each))
+
+    sites = [layer.site for layer in block.layers if layer.name in readers]
+    handles = [
+        site.module.register_forward_hook(lambda _module, _inputs, output: made.append(output))
+        for site in sites
+    ] + [each.register_forward_pre_hook(see) for each in module.modules()]
+    try:
+        with torch.no_grad():
+            run(hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return behind
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same for all views of a tensor."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _check_norms(
+    block: BlockContext, norms: Sequence[Fold], width: int, elsewhere: Collection[int]
+) -> None:
     """Every norm of the residual stream must be read by linear layers alone.
+
+    Args:
+        elsewhere: ids of modules that are not on it.
 
     Raises:
         MethodError: there is none, one is not, or one adds a bias.
@@ -184,6 +226,8 @@ def _check_norms(block: BlockContext, norms: Sequence[Fold], width: int) -> None
     for name, module in block.module.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or tuple(weight.shape) != (width,) or is_linear(module):
+            continue
+        if id(module) in elsewhere:
             continue
         if id(module) not in folded:
             raise MethodError(

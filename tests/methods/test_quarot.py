@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pytest_qlab import Method
 from pytest_qlab.errors import MethodError
@@ -237,6 +238,53 @@ def test_outliers_of_the_stream_hide_nothing(
     if dtype == torch.float32:
         expected = logits(model)
         assert float((logits(work) - expected).norm() / expected.norm()) < 1e-5
+
+
+def _olmoe() -> Any:
+    """Norms of all queries and of all keys at once."""
+    config = OlmoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return OlmoeForCausalLM(config)
+
+
+def _one_head() -> Any:
+    """Norms of queries and keys of a single head as wide as the hidden state."""
+    config = Qwen3Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [_olmoe, _one_head])
+def test_norms_of_queries_as_wide_as_the_stream_stay_as_they_are(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().requires_grad_(False).eval()
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape)
+        parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise / 6)
+    unfuse_experts(model)
+    model = exact(model)
+    work, contexts = rotated(model)
+    expected, found = logits(model), logits(work)
+    # The router makes probabilities in float32.
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+    for context in contexts:
+        norm = f"{context.name}.self_attn.q_norm.weight"
+        assert torch.equal(work.get_parameter(norm), model.get_parameter(norm))
+        assert work.get_parameter(norm).shape == (32,)
 
 
 # What cannot be rotated
