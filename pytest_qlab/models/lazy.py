@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.checks import check_finite
-from pytest_qlab.models.experts import is_fused, unfused
+from pytest_qlab.models.experts import unfuse_experts
 from pytest_qlab.models.source import weight_files
 from pytest_qlab.models.structure import decoder_blocks
 from pytest_qlab.models.tensorfile import Stored, read_header
@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from pytest_qlab.models.load import LoadedModel
 
 _REMEDY = "Give --qlab-stream=never to load it whole."
-# Names that transformers itself changes when it loads a mixture of experts.
+# What the files of Mixtral and its like call an expert's matrices.
 _ALIASES = (
-    (re.compile(r"\.mlp\.experts\.(\d+)\.gate_proj\."), r".block_sparse_moe.experts.\1.w1."),
-    (re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\."), r".block_sparse_moe.experts.\1.w3."),
-    (re.compile(r"\.mlp\.experts\.(\d+)\.down_proj\."), r".block_sparse_moe.experts.\1.w2."),
-    (re.compile(r"\.mlp\."), ".block_sparse_moe."),
+    (re.compile(r"\.experts\.(\d+)\.gate_proj\."), r".experts.\1.w1."),
+    (re.compile(r"\.experts\.(\d+)\.up_proj\."), r".experts.\1.w3."),
+    (re.compile(r"\.experts\.(\d+)\.down_proj\."), r".experts.\1.w2."),
 )
 _UNDONE = {"MergeModulelist", "Concatenate"}
 _building = threading.Lock()
@@ -48,6 +47,7 @@ class LazyModel:
     Attributes:
         loaded: the model, its parameters on the meta device, with all that is known of it.
         device: where parts are put.
+        tensors: those of its files, by the names that transformers gives them.
         blocks: its decoder blocks in order, with their names.
         outside: all other modules that have parameters of their own, with their names.
     """
@@ -209,11 +209,11 @@ def stored_tensors(directory: Path, source: str) -> dict[str, Stored]:
 
 def skeleton(
     config: Any, dtype: torch.dtype, tensors: Mapping[str, Stored], trust_remote_code: bool
-) -> Any:
+) -> tuple[Any, dict[str, Stored]]:
     """The model of a configuration in evaluation mode, without weights: parameters are on meta.
 
     Buffers are real; those that are stored have their stored values. Experts have one linear layer
-    for each matrix.
+    for each matrix. Beside the model, the tensors by the names that transformers gives them.
 
     Raises:
         ModelError: some weights are to stay in float32 whatever the dtype, or transformers changes
@@ -239,20 +239,36 @@ def skeleton(
             f"not known how to do block by block. Give --qlab-dtype=float32, or {_REMEDY[5:]}"
         )
     _check_conversions(model)
-    for name in [name for name, module in model.named_modules() if is_fused(module)]:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, unfused(model.get_submodule(name)))
+    stored = _renamed(tensors, model)
+    unfuse_experts(model, check=False)
     for name, buffer in list(model.named_buffers()):
         parent, _, attribute = name.rpartition(".")
-        if name in tensors:
-            value = tensors[name].read(buffer.dtype)
+        if name in stored:
+            value = stored[name].read(buffer.dtype)
             model.get_submodule(parent)._buffers[attribute] = value
         elif buffer.device.type == "meta":
             raise ModelError(
                 f"The buffer {name} of {type(model).__name__} has no known values. {_REMEDY}"
             )
     model.requires_grad_(False)
-    return model.train(False)
+    return model.train(False), stored
+
+
+def _renamed(tensors: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
+    """Tensors by the names that they get when transformers loads the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [
+        each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)
+    ]
+    found = {}
+    for name in sorted(tensors):  # in which order some decide whether they apply
+        new = name
+        for each in renamings:
+            new, _ = each.rename_source_key(new)
+        found[new] = tensors[name]
+    return found
 
 
 def _check_conversions(model: Any) -> None:

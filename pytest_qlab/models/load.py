@@ -161,7 +161,7 @@ def open_lazily(
     tokenizer = _load_tokenizer(directory, source, trust_remote_code)
     config = _load_config(directory, source, trust_remote_code)
     with _quiet():
-        model = skeleton(config, compute, tensors, trust_remote_code)
+        model, tensors = skeleton(config, compute, tensors, trust_remote_code)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

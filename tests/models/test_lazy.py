@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.load import load_model, open_lazily, size_of
@@ -44,6 +56,68 @@ def test_every_part_is_the_loaded_models(tmp_path: Path, architecture: str, dtyp
     with torch.no_grad():
         assert torch.equal(logits, whole.model(input_ids=ids, use_cache=False).logits)
     assert all(each.device.type == "meta" for each in lazy.model.parameters())
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def _gpt_neox() -> Any:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))
+
+
+def _phimoe() -> Any:
+    return PhimoeForCausalLM(PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
+
+
+def _ernie() -> Any:
+    config = Ernie4_5_MoeConfig(
+        **SMALL, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
+    )
+    return Ernie4_5_MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "called"),
+    [
+        (_gpt_neox, "embed_out.weight"),
+        (_phimoe, "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        (_ernie, "model.layers.1.mlp.moe_statics.e_score_correction_bias"),
+    ],
+)
+def test_files_may_call_tensors_otherwise_than_transformers(
+    build: Callable[[], Any], called: str, tmp_path: Path
+) -> None:
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / max(parameter.shape[-1], 4) ** 0.5)
+    model.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    assert called in load_file(tmp_path / "model.safetensors")
+    whole, lazy = load_model(str(tmp_path)), open_lazily(str(tmp_path))
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(lazy.read(name), parameter), name
+    buffers = dict(whole.model.named_buffers())
+    assert all(torch.equal(each, buffers[name]) for name, each in lazy.model.named_buffers())
+    ids = token_ids(16)
+    with torch.no_grad(), lazy.forwards():
+        logits = lazy.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(logits, whole.model(input_ids=ids, use_cache=False).logits)
+
+
+def test_experts_that_are_not_understood_are_refused_here_too(tmp_path: Path) -> None:
+    config = JetMoeConfig(**SMALL, num_local_experts=4, num_key_value_heads=2)
+    JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"input_linear \(JetMoeParallelExperts\)"):
+        open_lazily(str(tmp_path))
 
 
 def test_one_block_is_resident_at_a_time(tmp_path: Path) -> None:
