@@ -121,17 +121,19 @@ class SortedExperts(UnfusedExperts):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Outputs of the experts, one after the other, for states (experts * tokens, hidden)."""
-        result = torch.zeros_like(hidden_states)
         parts = hidden_states.view(len(self), -1, hidden_states.shape[-1])
         shared = parts.sum(0) / len(self) if getattr(_local, "dense", False) else None
-        for index, (states, output) in enumerate(zip(parts, result.view(parts.shape), strict=True)):
+        outputs = []
+        for index, states in enumerate(parts):
             if shared is not None:
-                output.copy_(self.expert(index, states + shared))
+                outputs.append(self.expert(index, states + shared))
                 continue
-            chosen = states.any(-1)
-            if chosen.any():
-                output[chosen] = self.expert(index, states[chosen])
-        return result
+            (chosen,) = torch.where(states.any(-1))
+            output = torch.zeros_like(states)
+            if len(chosen):
+                output = output.index_add(0, chosen, self.expert(index, states[chosen]))
+            outputs.append(output)
+        return torch.cat(outputs)
 
 
 def unfused(fused: nn.Module) -> UnfusedExperts:

@@ -146,7 +146,7 @@ def test_sorted_experts_see_the_tokens_they_were_chosen_for_and_no_zeros() -> No
         assert sorted(_reached(model, place, ids[:, :1])) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("method", ["gptq:group_size=16", "awq:group_size=16"])
+@pytest.mark.parametrize("method", ["gptq:group_size=16", "awq:group_size=16", "squeezellm"])
 def test_sorted_experts_are_calibrated_on_the_tokens_they_were_chosen_for(
     method: str, tmp_path: Path
 ) -> None:
