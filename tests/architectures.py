@@ -46,7 +46,7 @@ _TOKENS: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     **_TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -56,7 +56,7 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def _build(
+def build(
     model_class: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, seed: int
 ) -> PreTrainedModel:
     """The model in float32 and eval mode, with weights large enough to make logits differ."""
@@ -78,22 +78,22 @@ def _build(
 
 def llama(seed: int = 0) -> PreTrainedModel:
     """Llama with grouped-query attention (2 key/value heads) and a head of its own."""
-    config = LlamaConfig(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=False)
-    return _build(LlamaForCausalLM, config, seed)
+    config = LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False)
+    return build(LlamaForCausalLM, config, seed)
 
 
 def llama_tied(seed: int = 0) -> PreTrainedModel:
     """Llama with as many key/value heads as heads, biases, and tied embeddings."""
     config = LlamaConfig(
-        **_SHAPE, num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True
+        **SHAPE, num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True
     )
-    return _build(LlamaForCausalLM, config, seed)
+    return build(LlamaForCausalLM, config, seed)
 
 
 def gpt2(seed: int = 0) -> PreTrainedModel:
     """GPT-2: Conv1D, fused query/key/value, learned positions, tied embeddings."""
     config = GPT2Config(**_TOKENS, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=CONTEXT)
-    return _build(GPT2LMHeadModel, config, seed)
+    return build(GPT2LMHeadModel, config, seed)
 
 
 def opt(seed: int = 0) -> PreTrainedModel:
@@ -108,31 +108,31 @@ def opt(seed: int = 0) -> PreTrainedModel:
         max_position_embeddings=CONTEXT,
         do_layer_norm_before=True,
     )
-    return _build(OPTForCausalLM, config, seed)
+    return build(OPTForCausalLM, config, seed)
 
 
 def qwen2(seed: int = 0) -> PreTrainedModel:
     """Qwen2: biases on query, key and value only."""
-    config = Qwen2Config(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=False)
-    return _build(Qwen2ForCausalLM, config, seed)
+    config = Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False)
+    return build(Qwen2ForCausalLM, config, seed)
 
 
 def qwen3(seed: int = 0) -> PreTrainedModel:
     """Qwen3: norms on queries and keys, and heads wider than hidden size / heads."""
-    config = Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
-    return _build(Qwen3ForCausalLM, config, seed)
+    config = Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+    return build(Qwen3ForCausalLM, config, seed)
 
 
 def gemma(seed: int = 0) -> PreTrainedModel:
     """Gemma: norms that multiply by (1 + weight), scaled embeddings, tied head."""
-    config = GemmaConfig(**_SHAPE, num_key_value_heads=1, head_dim=8)
-    return _build(GemmaForCausalLM, config, seed)
+    config = GemmaConfig(**SHAPE, num_key_value_heads=1, head_dim=8)
+    return build(GemmaForCausalLM, config, seed)
 
 
 def gemma2(seed: int = 0) -> PreTrainedModel:
     """Gemma 2: norms before and after each sublayer, soft caps on attention and on logits."""
     config = Gemma2Config(
-        **_SHAPE,
+        **SHAPE,
         num_key_value_heads=2,
         head_dim=8,
         query_pre_attn_scalar=8,
@@ -140,13 +140,13 @@ def gemma2(seed: int = 0) -> PreTrainedModel:
         attn_logit_softcapping=20.0,
         final_logit_softcapping=10.0,
     )
-    return _build(Gemma2ForCausalLM, config, seed)
+    return build(Gemma2ForCausalLM, config, seed)
 
 
 def phi(seed: int = 0) -> PreTrainedModel:
     """Phi: attention and MLP in parallel behind one norm; a head with a bias."""
-    config = PhiConfig(**_SHAPE, num_key_value_heads=4)
-    return _build(PhiForCausalLM, config, seed)
+    config = PhiConfig(**SHAPE, num_key_value_heads=4)
+    return build(PhiForCausalLM, config, seed)
 
 
 def falcon(seed: int = 0) -> PreTrainedModel:
@@ -164,15 +164,15 @@ def falcon(seed: int = 0) -> PreTrainedModel:
         bias=False,
         alibi=False,
     )
-    return _build(FalconForCausalLM, config, seed)
+    return build(FalconForCausalLM, config, seed)
 
 
 def mixtral(seed: int = 0) -> PreTrainedModel:
     """Mixtral: four experts of which each token visits two."""
     config = MixtralConfig(
-        **_SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+        **SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     )
-    return _build(MixtralForCausalLM, config, seed)
+    return build(MixtralForCausalLM, config, seed)
 
 
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {

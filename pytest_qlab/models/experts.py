@@ -136,15 +136,6 @@ class SortedExperts(UnfusedExperts):
         return torch.cat(outputs)
 
 
-def unfused(fused: nn.Module) -> UnfusedExperts:
-    """The module that computes what `fused` does, which loses its parameters to it.
-
-    Raises:
-        AttributeError, KeyError, IndexError, RuntimeError, TypeError: it is of another kind.
-    """
-    return SortedExperts(fused) if _is_sorted(fused) else UnfusedExperts(fused)
-
-
 def _is_sorted(fused: nn.Module) -> bool:
     """Whether it takes hidden states alone: which expert sees which is said by where they are."""
     return len(inspect.signature(fused.forward).parameters) == 1
@@ -177,7 +168,7 @@ def unfuse_experts(model: nn.Module, *, check: bool = True) -> int:
             probe = _probe(fused) if check else None
             with torch.no_grad():
                 expected = None if probe is None else fused(*probe)
-                experts = unfused(fused)
+                experts = (SortedExperts if _is_sorted(fused) else UnfusedExperts)(fused)
                 same = probe is None or _close(experts(*probe), expected)
         except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise _unknown(name, fused, str(error)) from error

@@ -22,7 +22,7 @@ from transformers import (
 
 from pytest_qlab.errors import ModelError
 from pytest_qlab.models.load import load_model, open_lazily, size_of
-from tests.architectures import ARCHITECTURES, character_tokenizer, token_ids
+from tests.architectures import ARCHITECTURES, SHAPE, build, character_tokenizer, token_ids
 from tests.lab.tiny import saved_tiny_model
 
 
@@ -58,33 +58,24 @@ def test_every_part_is_the_loaded_models(tmp_path: Path, architecture: str, dtyp
     assert all(each.device.type == "meta" for each in lazy.model.parameters())
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-
-
 def _gpt_neox() -> Any:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))
+    return build(GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE), 1)
 
 
 def _phimoe() -> Any:
-    return PhimoeForCausalLM(PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
+    config = PhimoeConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)
+    return build(PhimoeForCausalLM, config, 2)
 
 
 def _ernie() -> Any:
     config = Ernie4_5_MoeConfig(
-        **SMALL, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
+        **SHAPE, num_key_value_heads=2, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
     )
-    return Ernie4_5_MoeForCausalLM(config)
+    return build(Ernie4_5_MoeForCausalLM, config, 3)
 
 
 @pytest.mark.parametrize(
-    ("build", "called"),
+    ("make", "called"),
     [
         (_gpt_neox, "embed_out.weight"),
         (_phimoe, "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
@@ -92,13 +83,9 @@ def _ernie() -> Any:
     ],
 )
 def test_files_may_call_tensors_otherwise_than_transformers(
-    build: Callable[[], Any], called: str, tmp_path: Path
+    make: Callable[[], Any], called: str, tmp_path: Path
 ) -> None:
-    model = build()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) / max(parameter.shape[-1], 4) ** 0.5)
-    model.save_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     assert called in load_file(tmp_path / "model.safetensors")
     whole, lazy = load_model(str(tmp_path)), open_lazily(str(tmp_path))
@@ -113,7 +100,7 @@ def test_files_may_call_tensors_otherwise_than_transformers(
 
 
 def test_experts_that_are_not_understood_are_refused_here_too(tmp_path: Path) -> None:
-    config = JetMoeConfig(**SMALL, num_local_experts=4, num_key_value_heads=2)
+    config = JetMoeConfig(**SHAPE, num_local_experts=4, num_key_value_heads=2)
     JetMoeForCausalLM(config).save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"input_linear \(JetMoeParallelExperts\)"):
